@@ -1,0 +1,124 @@
+"""Turns conversations into token ids so that no text in them can end a turn or open another.
+
+A chat template is rendered with a placeholder for every content; only the template's own text is tokenised with control tokens on.
+Contents are tokenised by a copy of the tokenizer that has no added tokens at all, so `<|im_end|>` in a prompt stays nine letters and signs.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tokenizers import Tokenizer
+
+from cluster.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Turn(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Chat:
+    """The tokenizer and chat template of one model."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        definition = json.loads(self._read("tokenizer.json"))
+        self._config = json.loads(self._read("tokenizer_config.json"))
+        template = self.path / "chat_template.jinja"
+        self.template: str = template.read_text() if template.exists() else self._config.get("chat_template") or ""
+        if not self.template:
+            raise UserError(f"model {path}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).")
+        self._control = Tokenizer.from_str(json.dumps({**definition, "truncation": None, "padding": None}))
+        plain = {**definition, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+        self._plain = Tokenizer.from_str(json.dumps(plain))
+        self.added = {token["content"]: int(token["id"]) for token in definition["added_tokens"]}
+        self.control_ids = frozenset(self.added.values())
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the chat template: part of the identity of everything generated with it."""
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The id that ends an assistant's turn."""
+        token = self._config["eos_token"]
+        text = token["content"] if isinstance(token, dict) else token
+        return self.added[text]
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of untrusted text; contains no control token, whatever the text spells."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if self.control_ids.intersection(ids):
+            raise UserError(f"model {self.path}: its tokenizer maps plain text to control tokens; it cannot be used safely.")
+        return ids
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation up to the point where the assistant's next turn begins.
+
+        Raises UserError when the template leaves out or repeats a turn, which would silently train or judge something else.
+        """
+        slots = [f"SLOT{number:04d}{'Q' * 8}" for number in range(len(turns))]
+        masked = [{"role": turn["role"], "content": slot} for turn, slot in zip(turns, slots, strict=True)]
+        rendered = self._render(masked)
+        ids: list[int] = []
+        rest = rendered
+        for turn, slot in zip(turns, slots, strict=True):
+            before, found, rest = rest.partition(slot)
+            if not found or slot in rest:
+                raise UserError(f"model {self.path}: its chat template does not render a {turn['role']!r} turn exactly once.")
+            ids += self._control.encode(before, add_special_tokens=False).ids
+            ids += self.text(turn["content"])
+        return ids + self._control.encode(rest, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens are left out."""
+        return str(self._control.decode([token for token in ids if token not in self.control_ids], skip_special_tokens=False))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of every single token; half characters appear as replacement signs."""
+        return [str(self._control.decode([token], skip_special_tokens=False)) for token in ids]
+
+    def _render(self, turns: list[dict[str, str]]) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(self._template.render(messages=turns, add_generation_prompt=True, **self._specials))
+        except TemplateError as error:
+            roles = " ".join(turn["role"] for turn in turns)
+            raise UserError(f"model {self.path}: its chat template refuses the turns {roles}: {error}") from error
+
+    @cached_property
+    def _specials(self) -> dict[str, Any]:
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: self._config.get(name) for name in names}
+        return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda _format: ""
+        return environment.from_string(self.template)
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text()
+        except FileNotFoundError:
+            raise UserError(f"model {self.path}: no {name}; a Hugging Face fast tokenizer is needed.") from None
+
+
+def _raise(message: str) -> None:
+    from jinja2.exceptions import TemplateError
+
+    raise TemplateError(message)

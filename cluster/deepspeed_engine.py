@@ -1,0 +1,306 @@
+"""One model under DeepSpeed ZeRO: optimiser steps, checkpoints, export. The only module that imports DeepSpeed.
+
+Every method is SPMD: all ranks call it in the same order, under Ray Train, torchrun or alone in one process. Promises: a
+step's gradient is the mean over all learnt tokens of all ranks, however they are cut into micro-batches; a packed forward
+gives each row the logits it has alone; what leaves the engine (`export`, `named_weights`) is a plain full model, whatever the
+ZeRO stage, with adapters merged into a copy. On a CPU nothing is compiled.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.errors import SpecmillError, UserError
+from cluster.models import copy_tokenizer
+from cluster.training_config import TrainingConfig
+
+TAG = "engine"
+"""DeepSpeed's name for the one checkpoint of a directory."""
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for its peers before it dies; DeepSpeed's own default is 10 minutes."""
+
+
+class TokenLoss(Protocol):
+    """What a loss function returns; the names of `stats` are the same on every rank."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Float [T] with gradient, not multiplied by the mask."""
+
+    @property
+    def stats(self) -> Mapping[str, Tensor]:
+        """Name -> float [T]."""
+
+
+class Packed(Protocol):
+    """A micro-batch: rows laid end to end, T tokens."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Int64 [T]."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Int64 [T], from 0 again with each row."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Float [T], the loss weight of each prediction."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same micro-batch on `device`."""
+
+
+Batch = TypeVar("Batch", bound=Packed)
+Answer = TypeVar("Answer")
+
+
+class TrainingEngine:
+    """A causal language model, its optimiser and its learning-rate schedule over `total_steps` steps."""
+
+    def __init__(self, model_path: str, config: TrainingConfig, total_steps: int) -> None:
+        if not (Path(model_path) / "config.json").exists():
+            raise UserError(f"model {model_path!r} is not a Hugging Face checkpoint directory; resolve the model's name first.")
+        self.model_path = model_path
+        self.config = config
+        self.device = _join_process_group()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._reference: torch.nn.Module | None = None
+        self._engine = _build(model_path, config, total_steps, self.device)
+
+    def step(self, micro_batches: Sequence[Batch], loss_fn: Callable[[Tensor, Batch], TokenLoss]) -> dict[str, float]:
+        """One optimiser step over this rank's micro-batches (equally many on every rank; dummies have an all-zero mask).
+
+        `loss_fn(logits [T, V], micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all
+        micro-batches of all ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks.
+        Returns those means with `tokens`, `gradient_norm` and `learning_rate`, the same on every rank.
+        """
+        tokens = self._count_tokens(micro_batches)
+        learning_rate = self._engine.get_lr()[0]
+        sums: dict[str, Tensor] = {}
+        self._engine.train()
+        for micro_batch in micro_batches:
+            batch = micro_batch.to(self.device)
+            answer = loss_fn(self._forward(self._engine, batch), batch)
+            loss = (answer.loss * batch.mask).sum()
+            self._engine.backward(loss * (self.world_size / tokens))
+            for name, value in {"loss": answer.loss.detach(), **answer.stats}.items():
+                sums[name] = sums.get(name, 0.0) + (value.double() * batch.mask).sum()
+        self._engine.step()
+        means = torch.stack(list(sums.values())) / tokens
+        dist.all_reduce(means)
+        metrics = dict(zip(sums, means.tolist(), strict=True))
+        if not math.isfinite(metrics["loss"]):
+            raise SpecmillError(f"the training loss became {metrics['loss']}; lower training.learning_rate or use float32.")
+        norm = self._engine.get_global_grad_norm()  # None at ZeRO-0
+        return {**metrics, "tokens": tokens, "gradient_norm": float(norm or 0.0), "learning_rate": learning_rate}
+
+    def evaluate(
+        self, micro_batches: Sequence[Batch], fn: Callable[[Tensor, Batch], Answer], *, reference: bool = False
+    ) -> list[Answer]:
+        """`fn(logits [T, V], micro_batch)` of each micro-batch without gradient; at ZeRO-3 equally many on every rank.
+
+        With `reference` the logits are those of the model as it was before any step: the adapters are switched off, or, without
+        adapters, every rank holds a second, frozen copy of the weights.
+        """
+        self._engine.eval()
+        model: torch.nn.Module = self._engine
+        without_adapters: AbstractContextManager[Any] = nullcontext()
+        if reference and self.config.lora_rank:
+            without_adapters = self._engine.module.disable_adapter()
+        elif reference:
+            model = self._reference_model()
+        answers = []
+        with torch.no_grad(), without_adapters:
+            for micro_batch in micro_batches:
+                batch = micro_batch.to(self.device)
+                answers.append(fn(self._forward(model, batch), batch))
+        return answers
+
+    def save(self, directory: str | Path, state: dict[str, Any]) -> None:
+        """Writes this rank's share of a checkpoint, and `state` (small, as JSON), into its own directory or a shared one."""
+        self._engine.save_checkpoint(
+            str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=bool(self.config.lora_rank)
+        )
+        if self.rank == 0:
+            (Path(directory) / "state.json").write_text(json.dumps({"ranks": self.world_size, "state": state}))
+
+    def load(self, directory: str | Path) -> dict[str, Any]:
+        """Continues from a directory that holds the shares of all ranks; returns the state that was saved with them."""
+        record = json.loads((Path(directory) / "state.json").read_text())
+        if record["ranks"] != self.world_size:
+            raise UserError(
+                f"this run was saved with {record['ranks']} ranks and resumes with {self.world_size}; ZeRO shares do not fit. "
+                f"Set ranks to {record['ranks']}, or start a new run from an exported checkpoint."
+            )
+        self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self.config.lora_rank)
+        state: dict[str, Any] = record["state"]
+        return state
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, CPU tensor) of every weight in the training dtype; tied weights once, adapters merged.
+
+        At ZeRO-3 each weight is gathered from all ranks when its turn comes: every rank must iterate to the end.
+        """
+        import deepspeed
+
+        module = self._engine.module
+        adapted = [layer for layer in module.modules() if hasattr(layer, "get_delta_weight")]
+        adapters = {id(layer.get_base_layer().weight): layer for layer in adapted}
+        seen: set[int] = set()
+        for name, weight in module.state_dict(keep_vars=True).items():
+            if id(weight) in seen or ".lora_" in name:
+                continue
+            seen.add(id(weight))
+            layer = adapters.get(id(weight))
+            parts = [weight] if layer is None else list(layer.parameters())
+            sharded = [part for part in parts if hasattr(part, "ds_id")]
+            with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+                value = weight.detach()
+                if layer is not None:
+                    value = (value.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+                value = value.to("cpu", copy=True).contiguous()
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
+
+    def export(self, directory: str | Path, beside: Sequence[Path] = ()) -> None:
+        """Publishes a full Hugging Face checkpoint (safetensors, configuration, tokenizer) under `directory`, by rename.
+
+        Replaces what was there; copies the files `beside` along; rank 0 holds the whole model in memory. When it returns on a
+        rank, the checkpoint is complete.
+        """
+        target = Path(directory)
+        if self.rank == 0:
+            weights = dict(self.named_weights())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".exporting-"))
+            try:
+                base = self._engine.module.get_base_model() if self.config.lora_rank else self._engine.module
+                base.save_pretrained(work, state_dict=weights)
+                copy_tokenizer(Path(self.model_path), work)
+                for file in beside:
+                    shutil.copyfile(file, work / file.name)
+                work.chmod(0o755)
+                shutil.rmtree(target, ignore_errors=True)
+                work.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        else:
+            for _ in self.named_weights():
+                pass
+        dist.barrier()
+
+    def _forward(self, model: torch.nn.Module, batch: Packed) -> Tensor:
+        # The one form in which transformers keeps packed rows apart: a mask of ones or a cache would silently mix them.
+        output = model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _count_tokens(self, micro_batches: Sequence[Packed]) -> float:
+        """Sum of all masks of all ranks; an unequal number of micro-batches is an error here instead of a hang later."""
+        total = torch.stack([batch.mask.sum() for batch in micro_batches]).sum().double()
+        sums = torch.stack([total, total.new_tensor(len(micro_batches))]).to(self.device)
+        dist.all_reduce(sums)
+        tokens, count = sums.tolist()
+        if count != len(micro_batches) * self.world_size:
+            raise ValueError(f"rank {self.rank} has {len(micro_batches)} micro-batches, all ranks together {count:.0f}")
+        if tokens <= 0:
+            raise ValueError("a step needs at least one token with a loss weight")
+        return float(tokens)
+
+    def _reference_model(self) -> torch.nn.Module:
+        if self._reference is None:
+            self._reference = _load(self.model_path, self.config).to(self.device).eval().requires_grad_(False)
+        return self._reference
+
+
+def _join_process_group() -> torch.device:
+    """Joins the group that the environment describes (Ray Train has joined already; alone, a group of one) on CPU or GPU."""
+    on_gpu = dist.get_backend() == "nccl" if dist.is_initialized() else torch.cuda.is_available()
+    # before the first import of deepspeed, which otherwise probes for every accelerator it knows
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+    import deepspeed.ops
+
+    if not on_gpu:
+        # An empty table of usable ops: DeepSpeed would compile its shared-memory collective now, for about a minute.
+        deepspeed.ops.__compatible_ops__ = {}
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            # without device_id: with it, groups that DeepSpeed and vLLM open later hang (DeepSpeed #7266)
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _build(model_path: str, config: TrainingConfig, total_steps: int, device: torch.device) -> Any:
+    """The DeepSpeed engine around the model."""
+    import deepspeed
+    from torch.optim.lr_scheduler import LambdaLR
+
+    settings = config.deepspeed_settings(on_gpu=device.type == "cuda")
+    torch.manual_seed(config.seed)
+    model: Any = _load(model_path, config, settings if config.zero_stage == 3 else None)
+    if config.gradient_checkpointing:
+        # ZeRO-3 frees weights between forward and recomputation, which only the re-entrant form survives
+        model.gradient_checkpointing_enable({"use_reentrant": config.zero_stage == 3})
+        model.enable_input_require_grads()
+    if config.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        rank = config.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[weight for weight in model.parameters() if weight.requires_grad],
+        config=settings,
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, config.rate_factor(total_steps)),
+    )
+    return engine
+
+
+def _load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None) -> torch.nn.Module:
+    """The pre-trained model in the training dtype; with ZeRO-3 settings no rank ever holds all of it."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    if zero3_settings is None:
+        whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        return whole
+    from accelerate import init_empty_weights
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers shards while it loads for as long as this object lives
+    sharding = HfDeepSpeedConfig(zero3_settings)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+    del sharding
+    # DeepSpeed creates every tensor of a sharded model in the training dtype: rotary frequencies in bfloat16 are off by up to
+    # 0.4 %, which moves distant tokens. The computed buffers come from a model that has nothing else.
+    with init_empty_weights(include_buffers=False):
+        exact = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    stored = model.state_dict()
+    for name, buffer in exact.named_buffers():
+        if name not in stored:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    return model

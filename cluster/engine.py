@@ -1,0 +1,53 @@
+"""What an inference engine is to the rest of the house: token ids in, token ids out. Knows nothing of policies and thoughts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """How one model is served. Fields that are not part of a result's identity: everything but `model` and `revision`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("default", title="Model", description="`default` (SmolLM2-135M), a checkpoint directory, or a hub id.")
+    revision: str | None = Field(None, title="Revision", description="A hub commit; read from the weights when left out.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", title="Precision", description="Precision of the weights.")
+    max_model_len: int = Field(4608, ge=256, title="Context", description="Longest prompt plus completion, in tokens.")
+    max_num_seqs: int = Field(64, ge=1, title="Batch", description="Requests that one engine works on at the same time.")
+    kv_cache_gib: float = Field(1.0, gt=0, title="KV cache", description="Memory for keys and values, in GiB (CPU engines).")
+    engines: int = Field(1, ge=1, title="Engines", description="Number of engines; on a CPU, one per core is fastest.")
+    gpus: float = Field(0, ge=0, title="GPUs per engine", description="0 runs on CPU.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one completion is drawn. `grammar` (EBNF) or `json_schema` hold the output; at most one of them is set."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    grammar: str | None = None
+    json_schema: str | None = None
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine answered. `finish_reason` is `stop` or `length`; `logprobs` of the drawn tokens, if asked for."""
+
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """One served model."""
+
+    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """Draws one completion of a prompt given as token ids."""
+        ...

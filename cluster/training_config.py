@@ -1,0 +1,97 @@
+"""How weights are updated: the configuration, what DeepSpeed is told of it, the course of the learning rate. No torch."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingConfig(BaseModel):
+    """How weights are updated: precision, sharding, optimiser, adapters."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        title="ZeRO stage",
+        description="What ranks share out: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        title="Precision",
+        description="Type of weights and activations. On a CPU float32 makes reinforcement learning exactly on-policy.",
+    )
+    learning_rate: float = Field(
+        2e-5,
+        gt=0,
+        title="Learning rate",
+        description="Peak learning rate of AdamW; LoRA wants about ten times that of full fine-tuning.",
+    )
+    weight_decay: float = Field(0.0, ge=0, title="Weight decay", description="AdamW's decoupled weight decay.")
+    warmup_ratio: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        title="Warm-up",
+        description="Share of all steps in which the learning rate rises linearly to its peak.",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine",
+        title="Schedule",
+        description="Course of the learning rate after the warm-up; linear and cosine end at zero.",
+    )
+    gradient_clipping: float = Field(
+        1.0, ge=0, title="Gradient clipping", description="Largest norm of the gradient; 0 turns clipping off."
+    )
+    micro_batch_tokens: int = Field(
+        1024,
+        ge=2,
+        title="Tokens a micro-batch",
+        description="Rows are packed up to this many tokens; it bounds memory and does not change the result.",
+    )
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        title="LoRA rank",
+        description="Rank of adapters on all linear layers, with alpha twice the rank; 0 trains all weights.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        title="Gradient checkpointing",
+        description="Recompute activations in the backward pass: less memory, about a third more time.",
+    )
+    seed: int = Field(0, title="Seed", description="Seeds adapter initialisation and the order of the data.")
+
+    def deepspeed_settings(self, on_gpu: bool) -> dict[str, Any]:
+        """DeepSpeed's configuration of one rank."""
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # The number of micro-batches differs from step to step, so step() and not a counter ends the accumulation.
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self.gradient_clipping,
+            "bf16": {"enabled": self.dtype == "bfloat16"},
+            "zero_optimization": {"stage": self.zero_stage, "overlap_comm": on_gpu and self.zero_stage >= 2},
+            # torch's AdamW on a CPU, because DeepSpeed's own would be compiled first; the fused one on a GPU.
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": not on_gpu},
+            },
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+
+    def rate_factor(self, total_steps: int) -> Callable[[int], float]:
+        """Share of the peak learning rate in step number `step` (from 0): linear warm-up, then the configured course."""
+        warmup = math.ceil(self.warmup_ratio * total_steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            if self.schedule == "constant":
+                return 1.0
+            progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+            return 1.0 - progress if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+        return factor

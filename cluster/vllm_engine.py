@@ -1,0 +1,127 @@
+"""vLLM's asynchronous engine behind the `Engine` interface. The only module, beside the weight-transfer plugin, that imports vLLM."""
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.engine import Completion, EngineConfig, Sampling
+from cluster.models import Model
+
+WEIGHT_TRANSFER_BACKEND = "file"
+
+
+def environment(config: EngineConfig, core: int | None) -> dict[str, str]:
+    """Environment of the process that holds an engine; `core` binds a CPU engine to one core.
+
+    On CPU the engine core runs the model itself instead of a second process that it would poll, which on a small machine costs a core;
+    that needs torch's OpenMP runtime preloaded and the thread count set from outside.
+    """
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if config.gpus == 0:
+        variables |= {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if core is None else str(core),
+            "OMP_NUM_THREADS": "1",
+        }
+        runtime = _openmp()
+        if runtime:
+            variables["LD_PRELOAD"] = runtime
+    return variables
+
+
+class VllmEngine:
+    """One model served by vLLM in this process's child; call `start` once, from the event loop that uses it."""
+
+    def __init__(self, model: Model, config: EngineConfig, receives_weights: bool = False) -> None:
+        self.model, self.config, self.receives_weights = model, config, receives_weights
+        self._engine: Any = None
+
+    async def start(self) -> None:
+        """Loads the weights. Takes 10 to 60 seconds."""
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config = self.config
+        options: dict[str, Any] = {}
+        if config.gpus == 0:
+            # Seeded requests die on the CPU when a prompt is prefilled in pieces (torch's CPU generator has no offset).
+            options |= {
+                "distributed_executor_backend": "uni",
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": config.max_model_len,
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            }
+        if self.receives_weights:
+            options["weight_transfer_config"] = WeightTransferConfig(backend=WEIGHT_TRANSFER_BACKEND)
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=self.model.path,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                enforce_eager=config.gpus == 0,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                seed=0,
+                disable_log_stats=True,
+                **options,
+            )
+        )
+        if self.receives_weights:
+            await self._engine.init_weight_transfer_engine(_request(init_info={}))
+
+    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """Draws one completion. Raises what vLLM raises when the engine is dead."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+        held = None
+        if sampling.grammar or sampling.json_schema:
+            held = StructuredOutputsParams(
+                grammar=sampling.grammar, json=sampling.json_schema, disable_any_whitespace=bool(sampling.json_schema)
+            )
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            structured_outputs=held,
+            logprobs=0 if sampling.logprobs else None,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        result = None
+        async for output in self._engine.generate({"prompt_token_ids": list(prompt)}, params, uuid.uuid4().hex):
+            result = output
+        drawn = result.outputs[0]
+        ids = list(drawn.token_ids)
+        logprobs = [entry[token].logprob for token, entry in zip(ids, drawn.logprobs, strict=True)] if drawn.logprobs else []
+        return Completion(ids, str(drawn.finish_reason), len(prompt), result.num_cached_tokens or 0, logprobs)
+
+    async def load_weights(self, path: str, version: int) -> None:
+        """Replaces the weights by those of a safetensors file and forgets the prefix cache."""
+        await self._engine.start_weight_update()
+        await self._engine.update_weights(_request(update_info={"path": path}))
+        await self._engine.finish_weight_update(str(version))
+        await self._engine.reset_prefix_cache()
+
+    def stop(self) -> None:
+        """Ends the engine's processes and frees its memory."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+
+def _request(**content: Any) -> Any:
+    from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+    return WeightTransferInitRequest(**content) if "init_info" in content else WeightTransferUpdateRequest(**content)
+
+
+def _openmp() -> str | None:
+    import torch
+
+    found = sorted((Path(os.path.dirname(torch.__file__)) / "lib").glob("libgomp*"))
+    return str(found[0]) if found else None

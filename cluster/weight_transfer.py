@@ -1,0 +1,88 @@
+"""Carries weights from a trainer to vLLM engines through a safetensors file, for machines without NCCL.
+
+The trainer calls `write_weights`; an engine built with `WeightTransferConfig(backend="file")` loads the file in vLLM's own
+lifecycle (start_weight_update, update_weights({"path": ...}), finish_weight_update). vLLM finds the backend in each of its
+processes through `register`, our entry point in the group `vllm.general_plugins`.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+BACKEND = "file"
+
+
+def write_weights(path: str | Path, named_weights: Iterable[tuple[str, Tensor]], rank: int = 0) -> None:
+    """Publishes weights as one safetensors file, by rename: a reader sees all of them or the file that was there before.
+
+    All ranks of a trainer call it with `TrainingEngine.named_weights()`, which gathers weight by weight; rank 0 keeps and
+    writes. A path under /dev/shm avoids the disk.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if rank != 0:
+        for _ in named_weights:
+            pass
+        return
+    weights = dict(named_weights)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file(weights, unfinished)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def register() -> None:
+    """Teaches vLLM the backend "file"; may be called any number of times in a process."""
+    from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    if BACKEND in WeightTransferEngineFactory._registry:
+        return
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        path: str
+
+    class FileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            """A file needs no connection."""
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            from safetensors import safe_open
+
+            model: Any = self.model
+            with safe_open(update_info.path, "pt") as file:
+                model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a mapping
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+            # On a CPU the output layer multiplies by a packed copy of its weights. When they are tied to the embedding the
+            # reload renews the embedding only, and the model would keep answering with the old output layer.
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
+
+        def shutdown(self) -> None:
+            """A file holds nothing open."""
+
+    WeightTransferEngineFactory.register_engine(BACKEND, FileEngine)

@@ -1,0 +1,1 @@
+"""What a person triggers: the four flows, the run file and the command line."""

@@ -1,0 +1,123 @@
+"""The command `specmill`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cluster.errors import SpecmillError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+spec_app = typer.Typer(no_args_is_help=True, help="Check and show a policy bundle.")
+app.add_typer(spec_app, name="spec")
+
+POLICY = "specs/policies/base"
+
+
+@app.command()
+def run(
+    file: Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")],
+    flow: Annotated[Literal["factory", "regenerate", "train", "evaluate"], typer.Option(help="Which flow to run.")] = "factory",
+    root: Annotated[str | None, typer.Option(help="Write here instead of the run file's root.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")] = None,
+) -> None:
+    """Runs a flow on this machine, or on the Ray cluster and Prefect server that RAY_ADDRESS and PREFECT_API_URL name.
+
+    Started again, the same command does only what is left: after Ctrl-C, after a crash, after a change of the policy.
+    """
+    from flows.config import RunRequest, load_run
+    from tasks.store import Store
+
+    request = RunRequest(file=file, root=root, changes=set_ or [])
+    config = load_run(request)
+    Store(config.root).check_writable()
+    _prefect_environment(config.root)
+    from flows.evaluate import evaluate
+    from flows.factory import factory
+    from flows.regenerate import regenerate
+    from flows.train import train
+
+    try:
+        {"factory": factory, "regenerate": regenerate, "train": train, "evaluate": evaluate}[flow](request)
+    except KeyboardInterrupt:
+        typer.echo("specmill: interrupted. Everything committed is kept; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(help="A run, dataset, checkpoint or evaluation directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Shows the manifest, the lineage and the funnel of something that Specmill wrote."""
+    from flows.inspect import describe, read_manifest
+
+    manifest = read_manifest(path)
+    typer.echo(json.dumps(manifest, indent=1) if as_json else describe(path, manifest))
+
+
+@app.command()
+def verify(path: Annotated[str, typer.Argument(help="A root, or a run, dataset, checkpoint or evaluation directory.")]) -> None:
+    """Checks checksums, keys and row balances; exits with 1 if anything is off."""
+    from flows.inspect import problems
+
+    found, checked = problems(path)
+    for line in found:
+        typer.echo(line, err=True)
+    typer.echo(f"{checked} files checked, {len(found)} problems")
+    if found:
+        raise SpecmillError(f"{path} does not verify")
+
+
+@spec_app.command()
+def lint(path: Annotated[str, typer.Argument(help="Policy bundle.")] = POLICY) -> None:
+    """Checks a policy bundle; errors name file, category, clause and field."""
+    from tasks.policy import lint as find
+    from tasks.policy import load_policy
+
+    policy = load_policy(path)
+    for finding in find(policy):
+        typer.echo(f"advice: {finding}")
+    typer.echo(f"{path}: {len(policy.categories)} categories, {len(policy.clauses)} clauses, no errors")
+
+
+@spec_app.command()
+def render(
+    category: Annotated[str, typer.Option(help="The category whose detail is shown.")],
+    mode: Annotated[Literal["category", "full"], typer.Option(help="`category`: detail of one; `full`: of all.")] = "category",
+    path: Annotated[str, typer.Argument(help="Policy bundle.")] = POLICY,
+) -> None:
+    """Prints spec(category), exactly as generator and judge read it."""
+    from tasks.policy import load_policy
+    from tasks.policy import render as render_spec
+
+    typer.echo(render_spec(load_policy(path), category, mode).text)
+
+
+def main() -> None:
+    """Entry point: one message and the right exit code for every failure, no traceback for a user's mistake."""
+    try:
+        app()
+    except SpecmillError as error:
+        typer.echo(f"specmill: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _prefect_environment(root: str) -> None:
+    """An ephemeral Prefect keeps its files under the run's root and calls nobody; a server named by PREFECT_API_URL is used as it is."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    if "PREFECT_API_URL" not in os.environ:
+        home = Path(root if "://" not in root else ".") / ".prefect"
+        home.mkdir(parents=True, exist_ok=True)  # Prefect's server does not make it, and never says so
+        os.environ.setdefault("PREFECT_HOME", str(home))
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+
+
+if __name__ == "__main__":
+    main()

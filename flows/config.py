@@ -1,0 +1,115 @@
+"""The run file: one typed document that says what a run does. Model defaults < run file (`extends:` one parent) < changes.
+
+The same models make the YAML, the command line's `--set a.b=c` and the forms of Prefect's UI.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.errors import UserError
+from tasks.complete import GenerateConfig
+from tasks.evaluate import EvaluateConfig
+from tasks.gates import GateConfig
+from tasks.judge import JudgeConfig
+from tasks.keys import digest
+from tasks.rl import RlConfig
+from tasks.select import SelectConfig
+from tasks.sft import SftConfig
+from tasks.validation import Strict, parse, read_yaml
+
+
+class RunConfig(Strict):
+    """A run: policy and prompts in; dataset, checkpoints and report out."""
+
+    version: Literal[1] = Field(1, title="Version", description="Version of the run file's format.")
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", title="Name", description="Names the dataset and the report.")
+    root: str = Field("./out", title="Root", description="Where everything is written: a directory or an fsspec URL.")
+    policy: str = Field("../policies/base", title="Policy", description="Policy bundle, relative to the run file.")
+    prompts: str = Field("../prompts", title="Prompts", description="JSONL file or directory, relative to the run file.")
+    generate: GenerateConfig = Field(GenerateConfig(), title="Generate")
+    gates: GateConfig = Field(GateConfig(), title="Gates")
+    judge: JudgeConfig = Field(JudgeConfig(), title="Judge")
+    select: SelectConfig = Field(SelectConfig(), title="Select")
+    sft: SftConfig = Field(SftConfig(), title="SFT")
+    rl: RlConfig = Field(RlConfig(), title="RL")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate")
+
+    def identity(self) -> str:
+        """Hash of what the run computes; where it is written and how it is called are not part of it."""
+        return digest(self.model_dump(exclude={"root", "name"}))
+
+
+class RunRequest(BaseModel):
+    """What a person asks for: a run file, and what differs from it this time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str = Field("specs/runs/demo.yaml", title="Run file", description="Path of the run file, on the machine that runs the flow.")
+    root: str | None = Field(None, title="Root", description="Write here instead of the run file's root.")
+    samples: int | None = Field(None, ge=1, title="Samples per prompt", description="Replaces generate.n.")
+    judge_runs: int | None = Field(None, ge=1, title="Judge runs", description="Replaces judge.k.")
+    threshold: int | None = Field(None, ge=1, le=5, title="Threshold", description="Replaces select.threshold: lowest score that is kept.")
+    changes: list[str] = Field([], title="Other changes", description="Any field as `a.b=value`, for example `sft.epochs=2`.")
+
+
+def load_run(request: RunRequest) -> RunConfig:
+    """Reads the run file, applies the changes and checks everything. Raises UserError that names file and field."""
+    path = Path(request.file)
+    content = _with_parent(path, read_yaml(path))
+    for name, value in (
+        ("root", request.root),
+        ("generate.n", request.samples),
+        ("judge.k", request.judge_runs),
+        ("select.threshold", request.threshold),
+    ):
+        if value is not None:
+            _set(content, name, value)
+    for change in request.changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {change!r}: expected field=value, for example `--set judge.k=5`.")
+        _set(content, name.strip(), yaml.safe_load(value))
+    if "version" not in content:
+        raise UserError(f"{path}: version: is missing; this format is `version: 1`.")
+    config = parse(RunConfig, content, path)
+    base = path.resolve().parent
+    return config.model_copy(
+        update={
+            "policy": os.path.normpath(base / config.policy),
+            "prompts": os.path.normpath(base / config.prompts),
+            "root": config.root if "://" in config.root else os.path.abspath(config.root),
+        }
+    )
+
+
+def _with_parent(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends: expected the path of one run file.")
+    inherited = read_yaml(path.parent / parent)
+    if "extends" in inherited:
+        raise UserError(f"{path}: extends: {parent} extends another file itself; one parent is allowed.")
+    return _merge(inherited, content)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _set(content: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {name}: {parent!r} is not a group of fields.")
+    content[last] = value

@@ -1,0 +1,17 @@
+"""Flow `evaluate`: the base model and every checkpoint of a run, on the evaluation split."""
+
+from prefect import flow
+
+from flows.config import RunRequest
+from flows.steps import base_checkpoint, evaluate_step
+from flows.train import train
+from flows.workspace import opened
+from tasks.evaluate import Evaluation
+
+
+@flow(name="evaluate", description="Unguided answers of base, SFT and RL, judged without their thoughts.")
+def evaluate(request: RunRequest) -> list[Evaluation]:
+    """Evaluates base, SFT and RL; checkpoints are trained first if they are missing."""
+    with opened(request) as run:
+        checkpoints = [base_checkpoint(run), *(run.checkpoints or train(request))]
+        return [evaluate_step(run, checkpoint) for checkpoint in checkpoints]

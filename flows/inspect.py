@@ -1,0 +1,109 @@
+"""`specmill show` and `specmill verify`: reads manifests and ledgers, changes nothing, starts nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from tasks.select import funnel_markdown
+from tasks.store import Corrupt, File, Ledger, Shard, Store
+
+STAGES = ("completions", "judgements")
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """The manifest of a directory, or of the file itself. Raises UserError when there is none."""
+    place = path.removesuffix("/manifest.json")
+    manifest = Store(place).read_json("manifest.json")
+    if not isinstance(manifest, dict) or "kind" not in manifest:
+        raise UserError(f"{path}: no manifest.json of Specmill here. Give a run, dataset, checkpoint or evaluation directory.")
+    return manifest
+
+
+def describe(path: str, manifest: dict[str, Any]) -> str:
+    """A manifest for people: what it is, where it came from, the funnel."""
+    lines = [f"{manifest['kind']} {manifest.get('name', '')}{'@' if 'name' in manifest else ''}{manifest['id']}  ({path})"]
+    for name in ("rows", "balance", "dataset", "checkpoints", "evaluations", "stages"):
+        if name in manifest:
+            lines.append(f"{name}: {json.dumps(manifest[name])}")
+    lines.append("lineage:")
+    provenance = {name: value for name, value in manifest.get("provenance", {}).items() if name != "config"}
+    lines += [f"  {name}: {json.dumps(value)}" for name, value in provenance.items()]
+    if "funnel" in manifest:
+        lines += ["", funnel_markdown(manifest["funnel"])]
+    return "\n".join(lines)
+
+
+def problems(path: str) -> tuple[list[str], int]:
+    """Everything that is off under a path, and the number of files that were checked."""
+    root = Path(path)
+    store = Store(path)
+    manifest = store.read_json("manifest.json")
+    if manifest is None and not any(store.exists(f"{stage}/ledger/{0:08d}.json") for stage in STAGES):
+        raise UserError(f"{path}: neither a manifest.json nor a ledger here; give a root or a directory that Specmill wrote.")
+    found: list[str] = []
+    checked = 0
+    if manifest is None:
+        for stage in STAGES:
+            off, count = _ledger_problems(store, stage)
+            found, checked = found + off, checked + count
+        manifests = [*root.glob("datasets/*/*"), *root.glob("checkpoints/*"), *root.glob("evaluations/*"), *root.glob("runs/*")]
+        for place in sorted(place for place in manifests if (place / "manifest.json").exists()):
+            off, count = _manifest_problems(place, read_manifest(str(place)))
+            found, checked = found + off, checked + count
+        return found, checked
+    off, checked = _manifest_problems(root, manifest)
+    if manifest["kind"] == "run":
+        for part in [manifest["dataset"], *manifest["checkpoints"], *manifest["evaluations"]]:
+            more, count = _manifest_problems(root.parent.parent / part, read_manifest(str(root.parent.parent / part)))
+            off, checked = off + more, checked + count
+    return off, checked
+
+
+def _manifest_problems(place: Path, manifest: dict[str, Any]) -> tuple[list[str], int]:
+    store = Store(str(place))
+    found = []
+    for file in manifest.get("files", []):
+        wrong = store.verify(File(file["path"], file["bytes"], file["sha256"]))
+        if wrong:
+            found.append(f"{place}: {wrong}")
+    if manifest["kind"] == "dataset":
+        found += [f"{place}: {line}" for line in _dataset_balance(store, manifest)]
+    return found, len(manifest.get("files", []))
+
+
+def _dataset_balance(store: Store, manifest: dict[str, Any]) -> Iterator[str]:
+    balance = manifest["balance"]
+    if balance["completions"] != balance["kept"] + balance["dropped"]:
+        yield f"balance: {balance['completions']} completions are not {balance['kept']} kept + {balance['dropped']} dropped"
+    counted = sum(count for counts in manifest["funnel"].values() for count in counts.values())
+    if counted != balance["completions"]:
+        yield f"funnel: adds up to {counted}, not to {balance['completions']} completions"
+    rows = sum(file["rows"] for file in manifest["files"] if file["path"].startswith("data/"))
+    if not rows == manifest["rows"] == balance["kept"]:
+        yield f"rows: {rows} in data/, {manifest['rows']} in the manifest, {balance['kept']} kept"
+
+
+def _ledger_problems(store: Store, stage: str) -> tuple[list[str], int]:
+    found: list[str] = []
+    owner: dict[bytes, str] = {}
+    shards: list[Shard] = Ledger(store, stage).shards()
+    for shard in shards:
+        wrong = store.verify(shard)
+        if wrong:
+            found.append(wrong)
+            continue
+        try:
+            table = store.read_table(shard.path, ["key", "quarantined"])
+        except Corrupt as error:
+            found.append(str(error))
+            continue
+        quarantined = table.num_rows - table["quarantined"].null_count
+        if (table.num_rows, quarantined) != (shard.rows, shard.quarantined):
+            found.append(f"{shard.path}: {table.num_rows} rows ({quarantined} quarantined), the ledger says {shard.rows} ({shard.quarantined})")
+        for key in table["key"].to_pylist():
+            if key in owner:
+                found.append(f"{stage}: key {key.hex()} is in {owner[key]} and in {shard.path}")
+            owner[key] = shard.path
+    return found, len(shards)

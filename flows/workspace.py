@@ -1,0 +1,129 @@
+"""What the flows of one run share: the checked inputs, the store and the engines. The outermost flow opens it, inner flows find it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from cluster.errors import UserError
+from cluster.models import Model
+from cluster.pool import Pool
+from cluster.session import ray_session
+from flows.config import RunConfig, RunRequest, load_run
+from tasks.checkpoints import Checkpoint
+from tasks.complete import Request, chat_of, requests
+from tasks.dataset import Dataset
+from tasks.judge import judge_hash
+from tasks.keys import digest
+from tasks.policy import Policy, Spec, load_policy
+from tasks.progress import say
+from tasks.prompts import Loaded, Prompt, Split, load_prompts, split_groups
+from tasks.store import Store
+
+_current: ContextVar["Workspace | None"] = ContextVar("workspace", default=None)
+
+
+@dataclass
+class Workspace:
+    """An opened run."""
+
+    config: RunConfig
+    policy: Policy
+    loaded: Loaded
+    store: Store
+    generator: Pool
+    judge: Pool
+    policy_engine: Pool
+    dataset: Dataset | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Stage -> what was reused, made, lost and quarantined in this invocation."""
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run's directory: its name and the beginning of its identity."""
+        return f"{self.config.name}-{self.identity[:10]}"
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of policy, prompts, models and parameters."""
+        specs = {name: spec.hash for name, spec in self.specs.items()}
+        models = [self.generator.model.id, self.generator.model.revision, self.judge.model.id, self.judge.model.revision]
+        parameters = self.config.model_dump(exclude={"root", "name", "policy", "prompts"})
+        return digest([specs, self.prompts_hash, models, parameters])
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """Scenario group -> split."""
+        return split_groups(self.loaded.prompts, self.policy)
+
+    @cached_property
+    def prompts_hash(self) -> str:
+        """Hash of all usable prompts and capability rows."""
+        return digest([item.model_dump() for item in [*self.loaded.prompts, *self.loaded.capability]])
+
+    @cached_property
+    def requests(self) -> dict[str, Request]:
+        """Category -> what the generator is asked."""
+        return requests(self.policy, self.generator.model, self.config.generate)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Category -> spec(category), the same for generator and judge."""
+        return {category: request.spec for category, request in self.requests.items()}
+
+    def split(self, name: Split) -> list[Prompt]:
+        """The prompts of a split."""
+        return [prompt for prompt in self.loaded.prompts if self.splits[prompt.group] == name]
+
+    def judge_hash(self, view: str) -> str:
+        """Identity of the judge for a view: `full` or `blind`."""
+        return judge_hash(self.judge.model, self.config.judge, chat_of(self.judge.model.path), view)
+
+    @property
+    def base_model(self) -> Model:
+        """The model that is trained: the generator."""
+        return self.generator.model
+
+    def note(self, stage: str, **counts: int) -> None:
+        """Remembers and tells what a stage did."""
+        self.notes[stage] = counts
+        say(f"  {stage:<10} " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+@contextmanager
+def opened(request: RunRequest) -> Iterator[Workspace]:
+    """The workspace of a request; the one of the enclosing flow if there is one."""
+    outer = _current.get()
+    if outer is not None:
+        yield outer
+        return
+    with ExitStack() as stack:
+        workspace = _open(request, stack)
+        token = _current.set(workspace)
+        try:
+            yield workspace
+        finally:
+            _current.reset(token)
+
+
+def _open(request: RunRequest, stack: ExitStack) -> Workspace:
+    config = load_run(request)
+    policy = load_policy(config.policy)
+    loaded = load_prompts(config.prompts, policy)
+    store = Store(config.root)
+    store.check_writable()
+    generator = Pool(config.generate.engine)
+    judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
+    policy_engine = Pool(config.evaluate.engine, receives_weights=True)
+    if policy_engine.model != generator.model:
+        raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
+    workspace = Workspace(config, policy, loaded, store, generator, judge, policy_engine)
+    say(f"run {workspace.run_id}: {len(loaded.prompts)} prompts, {len(loaded.capability)} capability rows -> {config.root}")
+    for row in loaded.quarantined:
+        say(f"  quarantined {row.file}:{row.line}: {row.reason}")
+    stack.enter_context(ray_session())
+    for pool in {id(pool): pool for pool in (generator, judge, policy_engine)}.values():
+        stack.enter_context(pool)
+    return workspace

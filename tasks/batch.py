@@ -1,0 +1,138 @@
+"""Turns token rows into packed micro-batches: which rows a step takes, which rank gets them, and the tensors. Pure.
+
+Promises: the order of rows depends on (seed, epoch) alone, so a resumed run continues with the same rows; every rank gets the
+same number of micro-batches in a step (ZeRO's collectives would hang otherwise); packing changes no logit, because position ids
+restart with each row and the model is called without an attention mask.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cluster.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: `input_ids` of n tokens, of which the first `prompt_length` are given and the rest are learnt.
+
+    `values` holds per-token numbers of the learnt part by name (rollout log-probabilities, advantages), n - prompt_length each.
+    """
+
+    input_ids: Sequence[int]
+    prompt_length: int
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows laid end to end, T tokens. Everything is aligned to the position that predicts: position t predicts `targets[t]`.
+
+    input_ids, position_ids, targets: int64 [T]; position ids restart at 0 with every row.
+    mask: float32 [T], the loss weight of each prediction; 0 on the prompt, on a row's last position and in a dummy.
+    values: float32 [T] each, 0 wherever the mask is 0.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    mask: Tensor
+    values: Mapping[str, Tensor]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch with all tensors on `device`."""
+        return MicroBatch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.targets.to(device),
+            self.mask.to(device),
+            {name: value.to(device) for name, value in self.values.items()},
+        )
+
+
+def steps_per_epoch(row_count: int, rows_per_step: int) -> int:
+    """Optimiser steps of one epoch; the last may hold fewer rows."""
+    return math.ceil(row_count / rows_per_step)
+
+
+def step_rows(step: int, row_count: int, rows_per_step: int, seed: int) -> tuple[int, list[int]]:
+    """The epoch that step number `step` (from 0) belongs to, and the indices of its rows over all ranks."""
+    epoch, within = divmod(step, steps_per_epoch(row_count, rows_per_step))
+    return epoch, list(_epoch_order(row_count, seed, epoch)[within * rows_per_step : (within + 1) * rows_per_step])
+
+
+def assign(lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """Splits rows into micro-batches of at most `token_budget` tokens, the same number for every rank.
+
+    Returns [rank][micro-batch] -> row indices; a micro-batch may be empty (then it becomes a dummy). A row longer than the
+    budget is alone in its micro-batch. Longest first into the emptiest bin, so that ranks wait little for each other.
+    """
+    bins = ranks * max(1, math.ceil(sum(lengths) / token_budget / ranks))
+    while (packed := _fill(lengths, token_budget, bins)) is None:
+        bins += ranks
+    return [packed[rank::ranks] for rank in range(ranks)]
+
+
+def micro_batches(rows: Sequence[Row], token_budget: int, rank: int, ranks: int) -> list[MicroBatch]:
+    """This rank's share of a step's rows, packed. Every rank passes the same rows."""
+    names = sorted(rows[0].values) if rows else []
+    plan = assign([len(row.input_ids) for row in rows], token_budget, ranks)[rank]
+    return [pack([rows[index] for index in indices]) if indices else dummy(names) for indices in plan]
+
+
+def pack(rows: Sequence[Row]) -> MicroBatch:
+    """Lays rows end to end. Raises UserError for a row without a prompt token or without a learnt token."""
+    total = sum(len(row.input_ids) for row in rows)
+    input_ids, position_ids, targets = (torch.zeros(total, dtype=torch.int64) for _ in range(3))
+    mask = torch.zeros(total)
+    values = {name: torch.zeros(total) for name in rows[0].values}
+    start = 0
+    for row in rows:
+        length = len(row.input_ids)
+        if not 1 <= row.prompt_length < length:
+            raise UserError(
+                f"a training row has {length} tokens and prompt_length {row.prompt_length}; it needs at least one prompt "
+                "token and one token to learn. Remove such rows from the dataset."
+            )
+        ids = torch.tensor(row.input_ids, dtype=torch.int64)
+        input_ids[start : start + length] = ids
+        position_ids[start : start + length] = torch.arange(length)
+        targets[start : start + length - 1] = ids[1:]
+        learnt = slice(start + row.prompt_length - 1, start + length - 1)
+        mask[learnt] = 1.0
+        for name, value in row.values.items():
+            values[name][learnt] = torch.tensor(value, dtype=torch.float32)
+        start += length
+    return MicroBatch(input_ids, position_ids, targets, mask, values)
+
+
+def dummy(value_names: Sequence[str]) -> MicroBatch:
+    """Two tokens of weight zero: a rank without rows still runs the forward and backward pass that its peers wait in."""
+    ids = torch.zeros(2, dtype=torch.int64)
+    return MicroBatch(ids, torch.arange(2), ids, torch.zeros(2), {name: torch.zeros(2) for name in value_names})
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(row_count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(row_count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def _fill(lengths: Sequence[int], token_budget: int, bins: int) -> list[list[int]] | None:
+    """Rows in `bins` bins, longest row first into the emptiest bin; None if some row does not fit."""
+    content: list[list[int]] = [[] for _ in range(bins)]
+    loads = [(0, number) for number in range(bins)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        load, number = heapq.heappop(loads)
+        if load and load + lengths[index] > token_budget:
+            return None
+        content[number].append(index)
+        heapq.heappush(loads, (load + lengths[index], number))
+    return [sorted(indices) for indices in content]

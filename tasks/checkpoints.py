@@ -1,0 +1,66 @@
+"""A trained checkpoint: a Hugging Face directory that exists when its manifest exists, and what it was made from."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from cluster.models import Model
+from tasks.store import Store
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be evaluated. `weights`: sha256 over its safetensors; `path` is None for the base model."""
+
+    kind: str
+    id: str
+    model: Model
+    weights: str
+    path: str | None = None
+    reused: bool = False
+
+
+def directory(store: Store, id: str) -> Path:
+    """Where a checkpoint lies. Raises UserError for a root that is not a directory of this machine."""
+    if not store.local:
+        raise UserError(f"root {store.root!r}: training writes to local or shared directories only; give a directory as root.")
+    return Path(store.path(f"checkpoints/{id}"))
+
+
+def find(store: Store, id: str) -> Checkpoint | None:
+    """A finished checkpoint whose files are all there."""
+    manifest = store.read_json(f"checkpoints/{id}/manifest.json")
+    path = directory(store, id)
+    if manifest is None or not all((path / file["path"]).exists() for file in manifest["files"]):
+        return None
+    return _checkpoint(manifest, path, reused=True)
+
+
+def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics: dict[str, Any]) -> Checkpoint:
+    """Writes the manifest of a checkpoint whose model directory is complete."""
+    path = directory(store, id)
+    files = []
+    for file in sorted((path / "model").iterdir()):
+        content = file.read_bytes()
+        name = file.relative_to(path).as_posix()
+        files.append({"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    weights = hashlib.sha256(json.dumps([f for f in files if f["path"].endswith(".safetensors")]).encode()).hexdigest()
+    manifest = {
+        "version": 1,
+        "kind": kind,
+        "id": id,
+        "weights": weights,
+        "files": files,
+        "metrics": metrics,
+        "provenance": provenance,
+    }
+    store.replace(f"checkpoints/{id}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+    return _checkpoint(manifest, path, reused=False)
+
+
+def _checkpoint(manifest: dict[str, Any], path: Path, reused: bool) -> Checkpoint:
+    model = Model(str(path / "model"), f"{manifest['kind']}-{manifest['id']}", manifest["weights"][:16])
+    return Checkpoint(manifest["kind"], manifest["id"], model, manifest["weights"], str(path), reused)

@@ -1,0 +1,199 @@
+"""Spec-conditioned completion: n samples for every prompt of the SFT split, each under its own key.
+
+`wanted` names the keys, `complete` draws those that no ledger entry holds. The ideal verdict never reaches this module.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from cluster.chat import Chat
+from cluster.engine import Completion, Engine, EngineConfig, Sampling
+from cluster.errors import UserError
+from cluster.models import Model
+from cluster.pool import Pool
+from tasks import tables, thoughts
+from tasks.compose import TEMPLATE_HASH, Placement, generator_turns
+from tasks.keys import completion_key, digest, request_prefix
+from tasks.policy import Policy, Spec, render
+from tasks.prompts import Message, Prompt, prompt_hash
+from tasks.store import Ledger, Shard, Store
+from tasks.validation import Strict
+
+STAGE = "completions"
+Progress = Callable[[int, int], None]
+
+
+class GenerateConfig(Strict):
+    """How completions are drawn."""
+
+    engine: EngineConfig = Field(EngineConfig(), title="Generator", description="The model that writes thoughts and answers.")
+    n: int = Field(2, ge=1, title="Samples per prompt", description="More samples give the selection more to choose from.")
+    temperature: float = Field(1.0, gt=0, le=2, title="Temperature", description="Sampling temperature.")
+    seed: int = Field(0, ge=0, title="Seed", description="Sample i of a prompt has the seed of its prompt plus i.")
+    placement: Placement = Field("system", title="Spec placement", description="`system` shares a prefix; `user` is the paper's order.")
+    render_mode: Literal["category", "full"] = Field("category", title="Render mode", description="What of the policy is shown.")
+    thought_format: Literal["guided", "native"] = Field(
+        "guided", title="Thought format", description="`guided`: held by a grammar. `native`: the model's own reasoning format."
+    )
+    thought_characters: int = Field(400, ge=40, title="Thought length", description="Longest guided thought, in characters.")
+    answer_characters: int = Field(800, ge=40, title="Answer length", description="Longest guided answer, in characters.")
+    max_tokens: int = Field(4096, ge=16, title="Completion length", description="Longest completion, in tokens.")
+    shard_prompts: int = Field(8, ge=1, title="Prompts per shard", description="How work is cut; changes no key.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the generator for one category: the same for all its prompts."""
+
+    spec: Spec
+    prefix: str
+    grammar: str | None
+
+
+@dataclass(frozen=True)
+class CompletionShard:
+    """A unit of work: prompts of one category with the sample numbers wanted of each."""
+
+    root: str
+    model: Model
+    config: GenerateConfig
+    request: Request
+    prompts: tuple[Prompt, ...]
+    samples: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=4)
+def chat_of(path: str) -> Chat:
+    """The tokenizer of a model, read once per process."""
+    return Chat(path)
+
+
+def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, Request]:
+    """Category -> what its prompts are asked. Raises UserError when the grammar's longest output does not fit `max_tokens`."""
+    chat = chat_of(model.path)
+    held = None
+    if config.thought_format == "guided":
+        held = thoughts.grammar(policy, config.thought_characters, config.answer_characters)
+        longest = thoughts.longest_output(policy, config.thought_characters, config.answer_characters)
+        if longest > config.max_tokens:
+            raise UserError(
+                f"generate.max_tokens: {config.max_tokens} is below the grammar's longest output ({longest} tokens); "
+                "raise it, or lower thought_characters or answer_characters."
+            )
+    template = digest([chat.hash, TEMPLATE_HASH, config.placement, thoughts.FORMAT_VERSION, held])
+    sampling = {"temperature": config.temperature, "seed": config.seed, "max_tokens": config.max_tokens}
+    found = {}
+    for category in policy.categories:
+        spec = render(policy, category, config.render_mode)
+        prefix = request_prefix(
+            spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling
+        )
+        found[category] = Request(spec, prefix, held)
+    return found
+
+
+def wanted(prompts: Iterable[Prompt], asked: dict[str, Request], n: int) -> dict[bytes, tuple[Prompt, int]]:
+    """Key -> (prompt, sample number) for every completion that the run wants."""
+    keys = {}
+    for prompt in prompts:
+        name = prompt_hash(prompt.messages)
+        for sample in range(n):
+            keys[completion_key(asked[prompt.category].prefix, name, sample)] = (prompt, sample)
+    return keys
+
+
+def cut(
+    missing: Iterable[tuple[Prompt, int]], asked: dict[str, Request], root: str, model: Model, config: GenerateConfig
+) -> list[CompletionShard]:
+    """Cuts missing completions into shards of one category each, so that a shard's requests share the spec's prefix."""
+    by_prompt: dict[str, tuple[Prompt, list[int]]] = {}
+    for prompt, sample in missing:
+        by_prompt.setdefault(prompt.id, (prompt, []))[1].append(sample)
+    by_category: dict[str, list[tuple[Prompt, list[int]]]] = {}
+    for prompt, samples in by_prompt.values():
+        by_category.setdefault(prompt.category, []).append((prompt, samples))
+    shards = []
+    for category, items in by_category.items():
+        for start in range(0, len(items), config.shard_prompts):
+            part = items[start : start + config.shard_prompts]
+            prompts, samples = zip(*part, strict=True)
+            shards.append(CompletionShard(root, model, config, asked[category], prompts, tuple(map(tuple, samples))))
+    return shards
+
+
+async def complete_shard(engine: Engine, shard: CompletionShard) -> Shard:
+    """Draws, splits and writes the completions of a shard; returns the receipt. A request that the engine rejects is quarantined."""
+    chat = chat_of(shard.model.path)
+    jobs = []
+    for prompt, samples in zip(shard.prompts, shard.samples, strict=True):
+        ids = chat.prompt(generator_turns(shard.request.spec, prompt.messages, shard.config.placement))
+        jobs += [_draw(engine, shard, prompt, sample, ids, chat) for sample in samples]
+    rows = await asyncio.gather(*jobs)
+    return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(list(rows), schema=tables.COMPLETIONS))
+
+
+def complete(pool: Pool, ledger: Ledger, shards: list[CompletionShard], lost: list[str], progress: Progress) -> None:
+    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry."""
+    total = sum(len(samples) for shard in shards for samples in shard.samples)
+    done = 0
+    if lost:
+        ledger.commit([], lost)
+    for _, receipt in pool.map(complete_shard, shards):
+        ledger.commit([receipt])
+        done += receipt.rows
+        progress(done, total)
+
+
+async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: int, ids: list[int], chat: Chat) -> dict:
+    config, name = shard.config, prompt_hash(prompt.messages)
+    seed = seed_of(config.seed, name, sample)
+    row = {
+        "key": completion_key(shard.request.prefix, name, sample),
+        "prompt_id": prompt.id,
+        "prompt_hash": name,
+        "category": prompt.category,
+        "sample": sample,
+        "seed": seed,
+        "spec_hash": shard.request.spec.hash,
+        "template_hash": chat.hash,
+        "generator": shard.model.id,
+        "generator_revision": shard.model.revision,
+    }
+    limit = min(config.max_tokens, config.engine.max_model_len - len(ids))
+    try:
+        if limit < 1:
+            raise ValueError(f"prompt of {len(ids)} tokens does not fit max_model_len {config.engine.max_model_len}")
+        drawn = await engine.complete(ids, Sampling(config.temperature, limit, seed, grammar=shard.request.grammar))
+    except ValueError as error:
+        return row | {"quarantined": f"engine refused the request: {error}"}
+    return row | _outcome(drawn, chat)
+
+
+def _outcome(drawn: Completion, chat: Chat) -> dict:
+    parts = thoughts.split(drawn.token_ids, chat)
+    good = isinstance(parts, thoughts.Parts)
+    return {
+        "token_ids": drawn.token_ids,
+        "thought": parts.thought if good else None,  # type: ignore[union-attr]
+        "answer": parts.answer if good else None,  # type: ignore[union-attr]
+        "malformed": None if good else parts.reason,  # type: ignore[union-attr]
+        "finish_reason": drawn.finish_reason,
+        "prompt_tokens": drawn.prompt_tokens,
+        "cached_tokens": drawn.cached_tokens,
+    }
+
+
+def seed_of(base: int, name: str, number: int) -> int:
+    """Seed of draw `number` on the thing whose hash is `name`: a base of its own per prompt, so that prompts are not correlated."""
+    return (base + int(name[:7], 16) + number) % 2**31
+
+
+def messages_of(value: Iterable[dict[str, str]]) -> tuple[Message, ...]:
+    """Messages as they come out of a Parquet column."""
+    return tuple(Message.model_validate(dict(turn)) for turn in value)

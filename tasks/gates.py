@@ -1,0 +1,78 @@
+"""Deterministic gates before any judge: each drops a completion for one named reason."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.policy import Policy, Spec
+from tasks.thoughts import cited_clauses, cited_verdict
+from tasks.validation import Strict
+
+AnswerKind = Literal["refusal", "answer"]
+REFUSAL_WORDS = 40
+"""A refusal is short; a longer text that begins with an apology has more to say."""
+
+_WORD = re.compile(r"[\w']+")
+_APOLOGY = re.compile(r"\b(sorry|apologi[sz]e|regret|unfortunately)\b", re.IGNORECASE)
+_INABILITY = re.compile(
+    r"\b(can't|cannot|can not|won't|will not|unable|not able|not going to|must decline|have to decline)\b", re.IGNORECASE
+)
+_DANGLING = re.compile(
+    r"\b(polic(y|ies)|guidelines?|rules?|clauses?|spec(ification)?)\s+(\w+\s+){0,2}(above|below|provided|given|attached|in the prompt|"
+    r"in the (system )?message)\b|\b(above|provided|given|attached)\s+(\w+\s+)?(polic(y|ies)|guidelines?|specification)\b",
+    re.IGNORECASE,
+)
+
+
+class GateConfig(Strict):
+    """Limits of the gates."""
+
+    max_copied_words: int = Field(
+        16, ge=4, title="Copied words", description="Longest run of consecutive words that may be copied from the policy."
+    )
+
+
+def answer_kind(answer: str) -> AnswerKind:
+    """Whether an answer is a refusal: short, an apology and an inability."""
+    short = len(_WORD.findall(answer)) <= REFUSAL_WORDS
+    return "refusal" if short and _APOLOGY.search(answer) and _INABILITY.search(answer) else "answer"
+
+
+def spec_ngrams(spec: Spec, size: int) -> frozenset[tuple[str, ...]]:
+    """All runs of `size` words of a spec."""
+    return frozenset(_ngrams(spec.text, size))
+
+
+def gate(row: Mapping[str, object], policy: Policy, copied: frozenset[tuple[str, ...]], config: GateConfig) -> str | None:
+    """The reason why a completion row is dropped, or None. `copied`: `spec_ngrams` of its spec, one word above the limit."""
+    if row["finish_reason"] == "length":
+        return "truncated"
+    if row["malformed"]:
+        return str(row["malformed"])
+    thought, answer = str(row["thought"]), str(row["answer"])
+    if not thought:
+        return "empty_thought"
+    if not answer:
+        return "empty_answer"
+    if any(gram in copied for gram in _ngrams(f"{thought}\n{answer}", config.max_copied_words + 1)):
+        return "copied_spec"
+    if _DANGLING.search(f"{thought}\n{answer}"):
+        return "dangling_reference"
+    clauses = cited_clauses(thought)
+    if not clauses:
+        return "no_clause_cited"
+    if any(name not in policy.clauses for name in clauses):
+        return "unknown_clause"
+    verdict = cited_verdict(thought)
+    if verdict is None:
+        return "no_verdict"
+    if (verdict == "refuse") != (answer_kind(answer) == "refusal"):
+        return "verdict_disagrees"
+    return None
+
+
+def _ngrams(text: str, size: int) -> Iterable[tuple[str, ...]]:
+    words = _WORD.findall(text.lower())
+    return (tuple(words[start : start + size]) for start in range(len(words) - size + 1))

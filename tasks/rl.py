@@ -1,0 +1,257 @@
+"""RL: GRPO with rollouts from a vLLM engine, reward from a judge that never sees the thought, weights pushed and verified each step.
+
+`rl_loop` is the whole job, run by every rank: push weights, draw, judge, write the rollouts, learn. The rollouts of a step are written once
+(`rollouts` ledger); a run that is started again reads them and draws nothing twice.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from cluster.deepspeed_engine import TrainingEngine
+from cluster.errors import SpecmillError
+from cluster.models import Model
+from cluster.pool import Fleet
+from cluster.training import report, resume, run_workers
+from cluster.training_config import TrainingConfig
+from cluster.weight_transfer import write_weights
+from tasks import tables
+from tasks.batch import MicroBatch, Row, micro_batches
+from tasks.judge import JudgeConfig
+from tasks.keys import KEY_BYTES, digest
+from tasks.losses import TokenLoss, group_advantages, policy_gradient, reference_kl, token_logprobs
+from tasks.policy import Spec
+from tasks.prompts import Prompt
+from tasks.rollout import BlindShard, Drawn, DrawShard, blind_items, draw, in_parts, judge_blind, reward
+from tasks.store import Ledger, Shard, Store
+from tasks.thoughts import Malformed
+from tasks.validation import Strict
+
+STAGE = "rollouts"
+FLOOR = 0.0
+"""Reward of a completion that no judge is shown: truncated, or without exactly one closed thought."""
+
+
+class RlConfig(Strict):
+    """How the policy learns from its own answers."""
+
+    steps: int = Field(2, ge=1, title="Steps", description="Optimiser steps; each draws fresh rollouts.")
+    prompts_per_step: int = Field(8, ge=1, title="Prompts per step", description="Groups of a step.")
+    rollouts_per_prompt: int = Field(4, ge=2, title="Rollouts per prompt", description="Size of a group; advantages compare within it.")
+    max_tokens: int = Field(256, ge=16, title="Rollout length", description="Longest rollout, in tokens; a cut one gets the floor.")
+    temperature: float = Field(1.0, gt=0, le=2, title="Temperature", description="Sampling temperature of rollouts.")
+    judge_runs: int = Field(1, ge=1, title="Judge runs", description="Blind judge runs per answer; the reward is their mean.")
+    kl: float = Field(0.02, ge=0, title="KL weight", description="Weight of the ratio-weighted KL to the checkpoint RL starts from.")
+    clip_low: float = Field(0.2, gt=0, lt=1, title="Lower clip", description="Lower bound of the ratio.")
+    clip_high: float = Field(0.28, gt=0, title="Upper clip", description="Upper bound of the ratio (clip-higher).")
+    sync_tolerance: float = Field(
+        5e-5, gt=0, title="Sync tolerance", description="Largest mean difference of log-probabilities between trainer and engine."
+    )
+    seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
+    ranks: int = Field(1, ge=1, title="Ranks", description="Training processes.")
+    training: TrainingConfig = Field(TrainingConfig(learning_rate=1e-6), title="Training", description="DeepSpeed settings.")
+
+
+@dataclass(frozen=True)
+class RlJob:
+    """Everything that a rank needs. `policy` receives weights and never judges; `judge` keeps its weights for the whole run."""
+
+    root: str
+    id: str
+    start_path: str
+    output: str
+    weights_file: str
+    config: RlConfig
+    prompts: tuple[Prompt, ...]
+    specs: dict[str, Spec]
+    policy: Fleet
+    judge: Fleet
+    judge_model: Model
+    judge_config: JudgeConfig
+
+
+def train_rl(job: RlJob, storage: str) -> dict[str, Any]:
+    """Runs the job on Ray Train; the same storage continues an interrupted one. Returns the last step's metrics."""
+    gpus = 1.0 if torch.cuda.is_available() else 0.0
+    return run_workers(
+        rl_loop, {"job": job}, ranks=job.config.ranks, cpus_per_rank=1, gpus_per_rank=gpus, storage=storage, name="train"
+    )
+
+
+def rl_loop(config: dict[str, Any]) -> None:
+    """The SPMD loop: every rank runs it; rank 0 also talks to the engines."""
+    job: RlJob = config["job"]
+    settings = job.config
+    engine = TrainingEngine(job.start_path, settings.training, settings.steps)
+    state = resume(engine) or {"step": 0}
+    store = Store(job.root)
+    log = Path(job.output).parent / "metrics.jsonl"
+    for step in range(state["step"], settings.steps):
+        started = time.monotonic()
+        rows = _agree(_committed(store, job.id, step) if engine.rank == 0 else None)
+        if rows is None:
+            write_weights(job.weights_file, engine.named_weights(), engine.rank)
+            rows = _collect(store, job, step) if engine.rank == 0 else _await(store, job.id, step)
+        collected = time.monotonic()
+        batches, signal = _batches(rows, settings, engine)
+        metrics = engine.step(batches, _loss(engine, batches, settings))
+        _verify_sync(metrics, settings, step)
+        scores = [row["reward"] for row in rows if row["reward"] is not None]
+        metrics |= signal | {
+            "step": step + 1,
+            "reward": sum(scores) / max(1, len(scores)),
+            "rollout_seconds": collected - started,
+            "train_seconds": time.monotonic() - collected,
+        }
+        if engine.rank == 0:
+            with log.open("a") as stream:
+                stream.write(json.dumps(metrics) + "\n")
+        report(metrics, engine, {"step": step + 1})
+    engine.export(job.output)
+
+
+def step_prompts(prompts: Sequence[Prompt], step: int, count: int, seed: int) -> list[Prompt]:
+    """The prompts of a step: whole passes over a seeded shuffle that spreads categories and cells, one after the other."""
+    ranked = sorted(prompts, key=lambda prompt: digest([seed, prompt.id]))
+    return [ranked[(step * count + number) % len(ranked)] for number in range(count)]
+
+
+def rollout_key(job: str, step: int, prompt: str, sample: int) -> bytes:
+    """The key of a rollout: which job, step, prompt and sample."""
+    return bytes.fromhex(digest([STAGE, job, step, prompt, sample]))[:KEY_BYTES]
+
+
+def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:
+    """Draws and judges the rollouts of a step under policy version `step`, writes them, returns their rows."""
+    settings = job.config
+    job.policy.load_weights(job.weights_file, step)
+    prompts = step_prompts(job.prompts, step, settings.prompts_per_step, settings.seed)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    seed = settings.seed + 7919 * step
+    shards = [
+        DrawShard(job.start_path, part, settings.rollouts_per_prompt, settings.max_tokens, settings.temperature, seed)
+        for part in in_parts(prompts, len(job.policy.actors))
+    ]
+    drawn = [answer for _, answers in job.policy.map(draw, shards) for answer in answers]
+    drawn.sort(key=lambda answer: (answer.prompt_id, answer.sample))
+    judged = [answer for answer in drawn if answer.judged]
+    runs = job.judge_config.model_copy(update={"k": settings.judge_runs})
+    items = blind_items(judged, by_id, job.specs)
+    parts = [BlindShard(job.judge_model, runs, part) for part in in_parts(items, 2 * len(job.judge.actors))]
+    verdicts = {
+        item.name: given for part, answers in job.judge.map(judge_blind, parts) for item, given in zip(part.items, answers, strict=True)
+    }
+    names = {id(answer): item.name for answer, item in zip(judged, items, strict=True)}
+    rows = [
+        _row(job, step, answer, by_id[answer.prompt_id], verdicts[names[id(answer)]] if answer.judged else []) for answer in drawn
+    ]
+    table = pa.Table.from_pylist(rows, schema=tables.ROLLOUTS)
+    Ledger(store, f"{STAGE}/{job.id}").commit([store.put_table(f"{STAGE}/{job.id}/shards", table)])
+    return table.to_pylist()
+
+
+def _row(job: RlJob, step: int, answer: Drawn, prompt: Prompt, verdicts: list) -> dict[str, Any]:
+    malformed = answer.parts.reason if isinstance(answer.parts, Malformed) else None
+    earned = reward(verdicts) if answer.judged else FLOOR
+    return {
+        "key": rollout_key(job.id, step, prompt.id, answer.sample),
+        "prompt_id": prompt.id,
+        "category": prompt.category,
+        "ideal_verdict": prompt.ideal_verdict,
+        "step": step,
+        "sample": answer.sample,
+        "policy_version": step,
+        "prompt_ids": answer.prompt_ids,
+        "token_ids": answer.completion.token_ids,
+        "logprobs": answer.completion.logprobs,
+        "finish_reason": answer.completion.finish_reason,
+        "thought_tokens": 0 if malformed else answer.parts.thought_tokens,  # type: ignore[union-attr]
+        "malformed": malformed,
+        "verdicts": [verdict.raw for verdict in verdicts],
+        "reward": earned,
+        "quarantined": "no verdict could be parsed" if earned is None else None,
+    }
+
+
+def _batches(rows: list[dict[str, Any]], settings: RlConfig, engine: TrainingEngine) -> tuple[list[MicroBatch], dict[str, float]]:
+    """This rank's micro-batches of a step, and what the rewards say: groups with a spread, share of the floor."""
+    size = settings.rollouts_per_prompt
+    rewards = torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows]).view(-1, size)
+    advantages = group_advantages(rewards, "grpo")
+    learnt = [
+        Row(
+            [*row["prompt_ids"], *row["token_ids"]],
+            len(row["prompt_ids"]),
+            {"rollout": row["logprobs"], "advantage": [value] * len(row["token_ids"])},
+        )
+        for row, value in zip(rows, advantages.values.flatten().tolist(), strict=True)
+    ]
+    judged = sum(1 for row in rows if not row["malformed"] and row["finish_reason"] == "stop")
+    signal = {"effective_groups": float(advantages.effective_groups), "judged_share": judged / len(rows)}
+    return micro_batches(learnt, settings.training.micro_batch_tokens, engine.rank, engine.world_size), signal
+
+
+def _loss(engine: TrainingEngine, batches: list[MicroBatch], settings: RlConfig) -> Any:
+    """The loss of a micro-batch: clipped policy gradient plus KL to the checkpoint that RL starts from."""
+    kept: dict[int, torch.Tensor] = {}
+    if settings.kl:
+        logprobs = engine.evaluate(
+            batches, lambda logits, batch: token_logprobs(logits, batch.targets, settings.temperature), reference=True
+        )
+        kept = {id(batch): value for batch, value in zip(batches, logprobs, strict=True)}
+    order = iter(batches)
+
+    def loss(logits: torch.Tensor, batch: MicroBatch) -> TokenLoss:
+        reference = kept.get(id(next(order)))
+        logp = token_logprobs(logits, batch.targets, settings.temperature)
+        values = batch.values
+        clip = (settings.clip_low, settings.clip_high)
+        result = policy_gradient(logp, logp.detach(), values["rollout"], values["advantage"], batch.mask, clip)
+        if reference is None:
+            return result
+        return result.plus(reference_kl(logp, logp.detach(), reference, batch.mask), settings.kl)
+
+    return loss
+
+
+def _verify_sync(metrics: dict[str, float], settings: RlConfig, step: int) -> None:
+    """The engine must have sampled with the trainer's weights: a stale or half-loaded engine shows in the log-probabilities."""
+    mismatch = metrics.get("rollout_mismatch", 0.0)
+    if mismatch > settings.sync_tolerance:
+        raise SpecmillError(
+            f"RL step {step + 1}: engine and trainer disagree by {mismatch:.2e} per token (at most {settings.sync_tolerance:.0e}). "
+            "The engine did not take the weights, or its precision differs; raise rl.sync_tolerance for bfloat16."
+        )
+
+
+def _committed(store: Store, job: str, step: int) -> list[dict[str, Any]] | None:
+    """The rows of a step that an earlier attempt wrote, or None."""
+    shards: list[Shard] = Ledger(store, f"{STAGE}/{job}").survey()[0]
+    for shard in shards:
+        rows = store.read_table(shard.path).to_pylist()
+        if rows and rows[0]["step"] == step:
+            return rows
+    return None
+
+
+def _await(store: Store, job: str, step: int) -> list[dict[str, Any]]:
+    """The rows that rank 0 is collecting. Waits on the store: a collective would time out while engines and judges work."""
+    while (rows := _committed(store, job, step)) is None:
+        time.sleep(1)
+    return rows
+
+
+def _agree(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

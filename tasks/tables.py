@@ -1,0 +1,146 @@
+"""The schemas of everything written as Parquet, in one place. Rows carry hashes of the spec, never its text."""
+
+import pyarrow as pa
+
+KEY = pa.binary(16)
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("category", pa.string()),
+        ("cell", pa.string()),
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("ideal_verdict", pa.string()),
+        ("ideal_clauses", pa.list_(pa.string())),
+        ("messages", MESSAGES),
+    ]
+)
+
+COMPLETIONS = pa.schema(
+    [
+        ("key", KEY),
+        ("prompt_id", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("category", pa.string()),
+        ("sample", pa.int32()),
+        ("seed", pa.int64()),
+        ("spec_hash", pa.string()),
+        ("template_hash", pa.string()),
+        ("generator", pa.string()),
+        ("generator_revision", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("thought", pa.string()),
+        ("answer", pa.string()),
+        ("malformed", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
+        ("quarantined", pa.string()),
+    ]
+)
+
+JUDGEMENTS = pa.schema(
+    [
+        ("key", KEY),
+        ("completion_key", KEY),
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("run", pa.int32()),
+        ("seed", pa.int64()),
+        ("view", pa.string()),
+        ("spec_hash", pa.string()),
+        ("judge", pa.string()),
+        ("judge_revision", pa.string()),
+        ("judge_hash", pa.string()),
+        ("compliance", pa.int8()),
+        ("helpfulness", pa.int8()),
+        ("correctness", pa.int8()),
+        ("thought", pa.int8()),
+        ("score", pa.int8()),
+        ("raw", pa.string()),
+        ("attempts", pa.int8()),
+        ("quarantined", pa.string()),
+    ]
+)
+
+TRAINING_VIEW = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("messages", MESSAGES),
+        ("thought", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+
+AUDIT_VIEW = pa.schema(
+    [
+        ("key", KEY),
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("cell", pa.string()),
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("ideal_verdict", pa.string()),
+        ("sample", pa.int32()),
+        ("cited_verdict", pa.string()),
+        ("cited_clauses", pa.list_(pa.string())),
+        ("score", pa.int8()),
+        ("scores", pa.list_(pa.int8())),
+        ("spec_hash", pa.string()),
+        ("template_hash", pa.string()),
+        ("generator", pa.string()),
+        ("generator_revision", pa.string()),
+        ("judge", pa.string()),
+        ("judge_revision", pa.string()),
+        ("kept", pa.bool_()),
+        ("drop_reason", pa.string()),
+    ]
+)
+
+TRAINING_ROWS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt_length", pa.int32())])
+
+ROLLOUTS = pa.schema(
+    [
+        ("key", KEY),
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("ideal_verdict", pa.string()),
+        ("step", pa.int32()),
+        ("sample", pa.int32()),
+        ("policy_version", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("thought_tokens", pa.int32()),
+        ("malformed", pa.string()),
+        ("verdicts", pa.list_(pa.string())),
+        ("reward", pa.float32()),
+        ("quarantined", pa.string()),
+    ]
+)
+
+EVALUATIONS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("cell", pa.string()),
+        ("group", pa.string()),
+        ("ideal_verdict", pa.string()),
+        ("checkpoint", pa.string()),
+        ("thought", pa.string()),
+        ("answer", pa.string()),
+        ("malformed", pa.string()),
+        ("finish_reason", pa.string()),
+        ("cited_verdict", pa.string()),
+        ("cited_category", pa.string()),
+        ("answer_kind", pa.string()),
+        ("compliance", pa.int8()),
+        ("helpfulness", pa.int8()),
+        ("raw", pa.string()),
+    ]
+)

@@ -1,0 +1,125 @@
+"""The thought: how it is marked, held by a grammar, split from the answer on token ids, and what it cites.
+
+The only module that knows the markers. A completion is `<think>` newline thought newline `</think>` newline answer. A model with a single
+token for a marker is split on that token; one without (SmolLM2) on the sequence of ids that spells it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.chat import Chat
+from tasks.policy import VERDICTS, Policy, Verdict
+
+OPEN, CLOSE = "<think>", "</think>"
+FORMAT_VERSION = 1
+BYTES_PER_CHARACTER = 4
+"""UTF-8's longest character; a byte-level tokenizer spends at most one token on a byte."""
+
+_VERDICT = re.compile(r"^\s*verdict:\s*(comply|refuse|safe_complete)\b", re.IGNORECASE | re.MULTILINE)
+_CLAUSE = re.compile(r"\b[A-Z]{1,6}[0-9]{1,3}\b")
+_CLAUSE_LINE = re.compile(r"^\s*clauses?:\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A completion taken apart. `thought_tokens` counts the ids before the answer, markers included."""
+
+    thought: str
+    answer: str
+    thought_tokens: int
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A completion without exactly one closed thought; `reason` names the fault."""
+
+    reason: str
+
+
+def split(ids: Sequence[int], chat: Chat) -> Parts | Malformed:
+    """Splits the token ids of a completion into thought and answer.
+
+    Text that merely spells a marker does not count for a model whose marker is a token of its own.
+    """
+    pieces = chat.pieces(ids)
+    opens, closes = _find(ids, pieces, OPEN, chat), _find(ids, pieces, CLOSE, chat)
+    if not opens:
+        return Malformed("no_thought")
+    if not closes:
+        return Malformed("unterminated_thought")
+    if len(opens) > 1 or len(closes) > 1:
+        return Malformed("several_thoughts")
+    (open_start, open_end), (close_start, close_end) = opens[0], closes[0]
+    if "".join(pieces[:open_start]).strip() or close_start < open_end:
+        return Malformed("text_before_thought")
+    end = [position for position, token in enumerate(ids) if token == chat.end_of_turn and position >= close_end]
+    answer_ids = ids[close_end : end[0] if end else len(ids)]
+    return Parts(chat.decode(ids[open_end:close_start]).strip(), chat.decode(answer_ids).strip(), close_end)
+
+
+def join(thought: str, answer: str) -> str:
+    """The text of a completion, as a model is trained to write it."""
+    return f"{OPEN}\n{thought}\n{CLOSE}\n{answer}"
+
+
+def cited_verdict(thought: str) -> Verdict | None:
+    """The verdict that the thought ends with, if it states one."""
+    found = _VERDICT.findall(thought)
+    return found[-1].lower() if found else None
+
+
+def cited_clauses(thought: str) -> list[str]:
+    """Ids on the thought's clause lines, or anywhere in it when there is no such line; in order, each once."""
+    lines = _CLAUSE_LINE.findall(thought)
+    return list(dict.fromkeys(_CLAUSE.findall("\n".join(lines) if lines else thought)))
+
+
+def grammar(policy: Policy, thought_characters: int, answer_characters: int) -> str:
+    """An EBNF that holds a model to the format whatever the prompt: it offers every verdict and every clause id of the bundle.
+
+    A refusal opens with an apology and is one sentence; the other verdicts are free text. `<` cannot occur, so no marker can be forged.
+    """
+    clauses = " | ".join(f'"{name}"' for name in sorted(policy.clauses))
+    return "\n".join(
+        [
+            'root ::= "<think>\\n" text "\\nClauses: " clause (", " clause)? "\\nVerdict: " ruling',
+            f"text ::= [^<\\n]{{20,{thought_characters}}}",
+            f"clause ::= {clauses}",
+            'ruling ::= "refuse\\n</think>\\nI\'m sorry, but I can\'t " sentence "." | helpful "\\n</think>\\n" answer',
+            'helpful ::= "comply" | "safe_complete"',
+            "sentence ::= [^<.\\n]{8,80}",
+            f"answer ::= [^<]{{20,{answer_characters}}}",
+        ]
+    )
+
+
+def longest_output(policy: Policy, thought_characters: int, answer_characters: int) -> int:
+    """An upper bound, in tokens, of what the grammar can produce; `max_tokens` may not be below it."""
+    ids = 2 * (max(len(name) for name in policy.clauses) + 2)
+    fixed = len(join("", "")) + len("\nClauses: \nVerdict: I'm sorry, but I can't .") + max(len(verdict) for verdict in VERDICTS)
+    return fixed + ids + BYTES_PER_CHARACTER * (thought_characters + max(answer_characters, 80)) + 1
+
+
+def _find(ids: Sequence[int], pieces: Sequence[str], marker: str, chat: Chat) -> list[tuple[int, int]]:
+    """Token ranges [start, end) that hold the marker."""
+    if marker in chat.added:
+        return [(position, position + 1) for position, token in enumerate(ids) if token == chat.added[marker]]
+    text = "".join(pieces)
+    starts = _offsets(pieces)
+    ranges = []
+    at = text.find(marker)
+    while at >= 0:
+        first = max(index for index, start in enumerate(starts) if start <= at and pieces[index])
+        last = next(index for index in range(first, len(pieces)) if starts[index] + len(pieces[index]) >= at + len(marker))
+        ranges.append((first, last + 1))
+        at = text.find(marker, at + len(marker))
+    return ranges
+
+
+def _offsets(pieces: Iterable[str]) -> list[int]:
+    starts, total = [], 0
+    for piece in pieces:
+        starts.append(total)
+        total += len(piece)
+    return starts
