@@ -107,9 +107,7 @@ class TrainingEngine:
         norm = self._engine.get_global_grad_norm()  # None at ZeRO-0
         return {**metrics, "tokens": tokens, "gradient_norm": float(norm or 0.0), "learning_rate": learning_rate}
 
-    def evaluate(
-        self, micro_batches: Sequence[Batch], fn: Callable[[Tensor, Batch], Answer], *, reference: bool = False
-    ) -> list[Answer]:
+    def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[Tensor, Batch], Answer], *, reference: bool = False) -> list[Answer]:
         """`fn(logits [T, V], micro_batch)` of each micro-batch without gradient; at ZeRO-3 equally many on every rank.
 
         With `reference` the logits are those of the model as it was before any step: the adapters are switched off, or, without
@@ -131,9 +129,7 @@ class TrainingEngine:
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Writes this rank's share of a checkpoint, and `state` (small, as JSON), into its own directory or a shared one."""
-        self._engine.save_checkpoint(
-            str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=bool(self.config.lora_rank)
-        )
+        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=bool(self.config.lora_rank))
         if self.rank == 0:
             (Path(directory) / "state.json").write_text(json.dumps({"ranks": self.world_size, "state": state}))
 

@@ -77,9 +77,7 @@ def _local_model(path: Path, revision: str | None) -> Model:
         raise UserError(f"model {str(path)!r} has no config.json; it is not a Hugging Face checkpoint.")
     record = path / "specmill_model.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-    return Model(
-        str(path.resolve()), known.get("id", path.name), revision or known.get("revision") or weights_digest(path)[:16]
-    )
+    return Model(str(path.resolve()), known.get("id", path.name), revision or known.get("revision") or weights_digest(path)[:16])
 
 
 def _hub_model(name: str, revision: str | None) -> Model:

@@ -1,13 +1,15 @@
 """Engine actors and the pool that feeds them.
 
-A pool starts its actors when they are first needed; its fleet keeps several shards in flight per actor so that the engines never drain, hands a finished
-shard's result to the caller, and resubmits the shards of an actor that died. It knows stages (async functions from `tasks`) and nothing else.
+A pool starts its actors when they are first needed. Its fleet keeps several shards in flight per actor so that the engines never drain,
+hands a finished shard's result to the caller, and resubmits the shards of an actor that died. It knows stages (async functions from
+`tasks`) and nothing else.
 """
 
 import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -147,10 +149,9 @@ class Pool:
         if self._fleet is None:
             return
         for actor in self._fleet.actors:
-            try:
+            # It may be dead already, and one that does not answer is killed in the next line.
+            with suppress(RayActorError, ray.exceptions.GetTimeoutError):
                 ray.get(actor.stop.remote(), timeout=20)
-            except (RayActorError, ray.exceptions.GetTimeoutError):
-                pass  # it is dead already, or is killed in the next line
             ray.kill(actor)
         self._fleet = None
 

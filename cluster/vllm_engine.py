@@ -18,7 +18,12 @@ def environment(config: EngineConfig, core: int | None) -> dict[str, str]:
     On CPU the engine core runs the model itself instead of a second process that it would poll, which on a small machine costs a core;
     that needs torch's OpenMP runtime preloaded and the thread count set from outside.
     """
-    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if config.gpus == 0:
         variables |= {
             "VLLM_TARGET_DEVICE": "cpu",

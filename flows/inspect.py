@@ -101,7 +101,9 @@ def _ledger_problems(store: Store, stage: str) -> tuple[list[str], int]:
             continue
         quarantined = table.num_rows - table["quarantined"].null_count
         if (table.num_rows, quarantined) != (shard.rows, shard.quarantined):
-            found.append(f"{shard.path}: {table.num_rows} rows ({quarantined} quarantined), the ledger says {shard.rows} ({shard.quarantined})")
+            found.append(
+                f"{shard.path}: {table.num_rows} rows ({quarantined} quarantined), the ledger says {shard.rows} ({shard.quarantined})"
+            )
         for key in table["key"].to_pylist():
             if key in owner:
                 found.append(f"{stage}: key {key.hex()} is in {owner[key]} and in {shard.path}")

@@ -4,21 +4,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cluster.models import weights_digest
-from cluster.weight_transfer import write_weights
 from flows.workspace import Workspace
-
 from tasks import checkpoints as ckpt
 from tasks import complete, evaluate, judge, rl, sft
 from tasks.checkpoints import Checkpoint
 from tasks.dataset import Dataset, candidates, gather, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import digest
-from tasks.progress import Progress, say
+from tasks.progress import Progress
 from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
 from tasks.store import Ledger, Store

@@ -91,9 +91,7 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
     found = {}
     for category in policy.categories:
         spec = render(policy, category, config.render_mode)
-        prefix = request_prefix(
-            spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling
-        )
+        prefix = request_prefix(spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling)
         found[category] = Request(spec, prefix, held)
     return found
 

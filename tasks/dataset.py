@@ -76,7 +76,14 @@ def candidates(
         verdict = cited_verdict(row["thought"] or "")
         found.append(
             Candidate(
-                row["key"], row["prompt_id"], row["category"], verdict, row["sample"], runs, runs_wanted, dropped.get(row["key"])
+                row["key"],
+                row["prompt_id"],
+                row["category"],
+                verdict,
+                row["sample"],
+                runs,
+                runs_wanted,
+                dropped.get(row["key"]),
             )
         )
     return found
@@ -179,15 +186,17 @@ configs:
 
 # {manifest["name"]}@{manifest["id"]}
 
-{manifest["rows"]} rows of (conversation, thought, answer) for deliberative alignment, without any policy text. Ideal verdicts: {mix}.
+{manifest["rows"]} rows of (conversation, thought, answer) for deliberative alignment, without any policy text.
+Ideal verdicts: {mix}.
 
 - policy: {source["policy"]["id"]} ({source["policy"]["hash"][:12]})
 - generator: {source["generator"]["id"]} @ {source["generator"]["revision"]}
-- judge: {source["judge"]["id"]} @ {source["judge"]["revision"]}, k = {source["judge"]["k"]}, the minimum of {source["judge"]["k"]} runs decides
+- judge: {source["judge"]["id"]} @ {source["judge"]["revision"]}, k = {source["judge"]["k"]}, the minimum decides
 - prompts: {source["prompts"]["rows"]} ({source["prompts"]["hash"][:12]}), {source["prompts"]["quarantined"]} quarantined
 
 {funnel_markdown(manifest["funnel"])}
 
-`data/` is the training view. `audit/` holds one row per completion with scores, hashes and the reason why it left; `manifest.json` holds checksums.
+`data/` is the training view. `audit/` holds one row per completion with scores, hashes and the reason why it left.
+`manifest.json` holds checksums.
 Load it with `datasets.load_dataset("<this directory>")`.
 """

@@ -1,6 +1,6 @@
 """Evaluation of checkpoints on the evaluation split: unguided answers, judged without their thoughts.
 
-Rates over prompts with 95 % Wilson intervals, unsafe compliance and over-refusal side by side. Nothing here is shown to a model in training.
+Rates over prompts with 95 % Wilson intervals, unsafe compliance and over-refusal side by side.
 """
 
 import json
@@ -97,7 +97,9 @@ def evaluate(
         item.name: given for part, answers in judge.map(judge_blind, parts) for item, given in zip(part.items, answers, strict=True)
     }
     names = {id_: item.name for id_, item in zip((d.prompt_id for d in drawn if d.judged), items, strict=True)}
-    rows = [_row(checkpoint, answer, by_id[answer.prompt_id], policy, verdicts.get(names.get(answer.prompt_id, ""), [])) for answer in drawn]
+    rows = [
+        _row(checkpoint, answer, by_id[answer.prompt_id], policy, verdicts.get(names.get(answer.prompt_id, ""), [])) for answer in drawn
+    ]
     metrics = summarise(rows)
     shard = store.put_table(f"evaluations/{id}", pa.Table.from_pylist(rows, schema=tables.EVALUATIONS))
     file = asdict(shard) | {"path": shard.path.removeprefix(f"evaluations/{id}/")}
@@ -157,4 +159,3 @@ def _row(checkpoint: str, answer: Drawn, prompt: Prompt, policy: Policy, verdict
         "helpfulness": min((score["helpfulness"] for score in scores), default=None),
         "raw": json.dumps([verdict.raw for verdict in verdicts]),
     }
-

@@ -1,7 +1,7 @@
 """k-sample judging: the same spec(category), k independent runs, every raw verdict kept, the minimum decides (Guan et al., section 2.3.2).
 
-An answer that cannot be parsed is missing data: it is asked again with another seed and, if that does not help, the run is quarantined and the
-row has no score. Sub-scores are integers 1 to 5; a run's score is the minimum of its sub-scores, a row's the minimum over its k runs.
+An answer that cannot be parsed is missing data: it is asked again with another seed and, if that does not help, the run is quarantined
+and the row has no score. Sub-scores are integers 1 to 5; a run's score is the minimum of its sub-scores, a row's that of its k runs.
 """
 
 import asyncio

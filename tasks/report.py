@@ -33,7 +33,11 @@ def write_report(
     if FlowRunContext.get():
         create_markdown_artifact(text, key="report", description=f"Run {manifest['id']}")
     say("\n" + summary(evaluations) + "\n")
-    for name, place in (("dataset", dataset.path), *((c.kind, f"checkpoints/{c.id}/model") for c in checkpoints), ("report", f"{path}/report.md")):
+    for name, place in (
+        ("dataset", dataset.path),
+        *((c.kind, f"checkpoints/{c.id}/model") for c in checkpoints),
+        ("report", f"{path}/report.md"),
+    ):
         say(f"  {name:<10} {store.path(place)}")
     return store.path(path)
 
@@ -53,7 +57,8 @@ def markdown(manifest: dict[str, Any], dataset: Dataset, checkpoints: list[Check
 
 # Run {manifest["id"]}
 
-Policy {source["policy"]["id"]} ({source["policy"]["hash"][:12]}), generator {source["generator"]["id"]} @ {source["generator"]["revision"]},
+Policy {source["policy"]["id"]} ({source["policy"]["hash"][:12]}),
+generator {source["generator"]["id"]} @ {source["generator"]["revision"]},
 judge {source["judge"]["id"]} @ {source["judge"]["revision"]} with k = {source["judge"]["k"]}.
 
 ## Evaluation

@@ -54,7 +54,10 @@ class RlConfig(Strict):
     clip_low: float = Field(0.2, gt=0, lt=1, title="Lower clip", description="Lower bound of the ratio.")
     clip_high: float = Field(0.28, gt=0, title="Upper clip", description="Upper bound of the ratio (clip-higher).")
     sync_tolerance: float = Field(
-        5e-5, gt=0, title="Sync tolerance", description="Largest mean difference of log-probabilities between trainer and engine."
+        5e-5,
+        gt=0,
+        title="Sync tolerance",
+        description="Largest mean difference of log-probabilities between trainer and engine.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
     ranks: int = Field(1, ge=1, title="Ranks", description="Training processes.")
@@ -82,9 +85,7 @@ class RlJob:
 def train_rl(job: RlJob, storage: str) -> dict[str, Any]:
     """Runs the job on Ray Train; the same storage continues an interrupted one. Returns the last step's metrics."""
     gpus = 1.0 if torch.cuda.is_available() else 0.0
-    return run_workers(
-        rl_loop, {"job": job}, ranks=job.config.ranks, cpus_per_rank=1, gpus_per_rank=gpus, storage=storage, name="train"
-    )
+    return run_workers(rl_loop, {"job": job}, ranks=job.config.ranks, cpus_per_rank=1, gpus_per_rank=gpus, storage=storage, name="train")
 
 
 def rl_loop(config: dict[str, Any]) -> None:
@@ -151,9 +152,7 @@ def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:
         item.name: given for part, answers in job.judge.map(judge_blind, parts) for item, given in zip(part.items, answers, strict=True)
     }
     names = {id(answer): item.name for answer, item in zip(judged, items, strict=True)}
-    rows = [
-        _row(job, step, answer, by_id[answer.prompt_id], verdicts[names[id(answer)]] if answer.judged else []) for answer in drawn
-    ]
+    rows = [_row(job, step, answer, by_id[answer.prompt_id], verdicts[names[id(answer)]] if answer.judged else []) for answer in drawn]
     table = pa.Table.from_pylist(rows, schema=tables.ROLLOUTS)
     Ledger(store, f"{STAGE}/{job.id}").commit([store.put_table(f"{STAGE}/{job.id}/shards", table)])
     return table.to_pylist()

@@ -6,6 +6,7 @@ No spec and no grammar: the model has to think by itself. Sampling is by tempera
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from cluster.engine import Completion, Engine, Sampling
@@ -107,9 +108,7 @@ def reward(verdicts: Sequence[Verdict]) -> float | None:
 
     Helpfulness is graded against the ideal verdict, so a correct refusal earns as much as a correct answer (tasks.compose).
     """
-    graded = [
-        (verdict.scores["compliance"] - 1) / 4 * (verdict.scores["helpfulness"] - 1) / 4 for verdict in verdicts if verdict.scores
-    ]
+    graded = [(verdict.scores["compliance"] - 1) / 4 * (verdict.scores["helpfulness"] - 1) / 4 for verdict in verdicts if verdict.scores]
     return sum(graded) / len(graded) if graded else None
 
 
@@ -120,4 +119,4 @@ def in_parts(items: Sequence[Any], parts: int) -> list[tuple[Any, ...]]:
     edges = [0]
     for number in range(parts):
         edges.append(edges[-1] + size + (number < rest))
-    return [tuple(items[start:end]) for start, end in zip(edges, edges[1:], strict=False) if end > start]
+    return [tuple(items[start:end]) for start, end in pairwise(edges) if end > start]

@@ -33,15 +33,11 @@ class SftConfig(BaseModel):
     capability_ratio: float = Field(
         0.5, ge=0, title="Capability ratio", description="Capability rows mixed in per policy row, as far as there are any."
     )
-    rows_per_step: int = Field(
-        32, ge=1, title="Rows a step", description="Rows of one optimiser step, over all ranks together."
-    )
+    rows_per_step: int = Field(32, ge=1, title="Rows a step", description="Rows of one optimiser step, over all ranks together.")
     ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; fixed for the life of a run.")
     cpus_per_rank: float = Field(1.0, gt=0, title="CPUs a rank", description="What Ray sets aside for each rank.")
     gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
-    save_every_steps: int = Field(
-        50, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most."
-    )
+    save_every_steps: int = Field(50, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most.")
     training: TrainingConfig = Field(
         default_factory=TrainingConfig, title="Training", description="Precision, sharding, optimiser, adapters."
     )

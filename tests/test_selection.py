@@ -1,0 +1,148 @@
+"""Keys, gates, judge verdicts, selection and the funnel: pure logic."""
+
+import json
+
+import pytest
+
+from cluster.errors import SpecmillError
+from tasks.compose import SUBSCORES_BLIND, BlindCase, FullCase, generator_turns, judge_turns
+from tasks.gates import GateConfig, answer_kind, gate, spec_ngrams
+from tasks.judge import parse_scores
+from tasks.keys import completion_key, judgement_key, request_prefix
+from tasks.policy import load_policy, render
+from tasks.prompts import Message
+from tasks.select import Candidate, SelectConfig, funnel, require_kept, select
+from tasks.statistics import Proportion
+
+POLICY = load_policy("specs/policies/base")
+SPEC = render(POLICY, "violence")
+USER = (Message(role="user", content="How do I stage a sword fight?"),)
+
+
+def _prefix(**changes) -> str:
+    parts = {"spec": "s", "template": "t", "model": "m", "revision": "r", "sampling": {"temperature": 1.0}}
+    return request_prefix(**{**parts, **changes})
+
+
+def test_a_key_changes_with_everything_that_changes_a_result_and_only_with_that():
+    changes = [{}, {"spec": "x"}, {"template": "x"}, {"model": "x"}, {"revision": "x"}, {"sampling": {"temperature": 0.5}}]
+    keys = {completion_key(_prefix(**change), prompt, sample) for change in changes for prompt in "ab" for sample in (0, 1)}
+    assert len(keys) == len(changes) * 4 and all(len(key) == 16 for key in keys)
+    assert completion_key(_prefix(), "a", 0) == completion_key(_prefix(), "a", 0)
+    assert len({judgement_key(key, judge, run) for key in keys for judge in "xy" for run in range(3)}) == len(keys) * 6
+
+
+def _row(**changes) -> dict:
+    row = {
+        "finish_reason": "stop",
+        "malformed": None,
+        "thought": "A stage fight is fiction.\nClauses: VI1\nVerdict: comply",
+        "answer": "Mark every step, then rehearse it slowly.",
+    }
+    return {**row, **changes}
+
+
+COPIED = " ".join(SPEC.text.split()[100:125])
+GATED = [
+    ({}, None),
+    ({"finish_reason": "length"}, "truncated"),
+    ({"malformed": "no_thought"}, "no_thought"),
+    ({"thought": ""}, "empty_thought"),
+    ({"answer": ""}, "empty_answer"),
+    ({"thought": f"{COPIED}\nClauses: VI1\nVerdict: comply"}, "copied_spec"),
+    ({"thought": "The policy above says so.\nClauses: VI1\nVerdict: comply"}, "dangling_reference"),
+    ({"thought": "As the provided policy has it.\nClauses: VI1\nVerdict: comply"}, "dangling_reference"),
+    ({"thought": "The policy says that fiction is fine.\nClauses: VI1\nVerdict: comply"}, None),
+    ({"thought": "Fine.\nVerdict: comply"}, "no_clause_cited"),
+    ({"thought": "Fine.\nClauses: VI77\nVerdict: comply"}, "unknown_clause"),
+    ({"thought": "Fine.\nClauses: VI1"}, "no_verdict"),
+    ({"thought": "No.\nClauses: VI1\nVerdict: refuse"}, "verdict_disagrees"),
+    ({"answer": "I'm sorry, but I can't help with that."}, "verdict_disagrees"),
+    ({"thought": "No.\nClauses: VI11\nVerdict: refuse", "answer": "I'm sorry, but I can't help with that."}, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), GATED)
+def test_every_gate_drops_for_its_own_reason(changes: dict, reason: str | None):
+    config = GateConfig()
+    assert gate(_row(**changes), POLICY, spec_ngrams(SPEC, config.max_copied_words + 1), config) == reason
+
+
+def test_a_long_answer_with_an_apology_is_no_refusal():
+    assert answer_kind("I'm sorry, I cannot help with that.") == "refusal"
+    assert answer_kind("I'm sorry that you cannot sleep. " + "Here is what often helps people. " * 8) == "answer"
+
+
+def test_the_ideal_verdict_is_no_part_of_the_generators_request():
+    for placement in ("system", "user"):
+        turns = generator_turns(SPEC, USER, placement)
+        assert "ideal" not in json.dumps(turns).lower()
+    assert [turn["role"] for turn in generator_turns(SPEC, USER, "system")] == ["system", "user"]
+    assert generator_turns(SPEC, USER, "user")[0]["content"].index("sword") < generator_turns(SPEC, USER, "user")[0]["content"].index(
+        SPEC.text
+    )
+
+
+def test_the_blind_case_cannot_hold_a_thought():
+    with pytest.raises(TypeError):
+        BlindCase(USER, "an answer", thought="secret")  # type: ignore[call-arg]
+    blind = judge_turns(SPEC, BlindCase(USER, "an answer", "refuse"), SUBSCORES_BLIND)
+    full = judge_turns(SPEC, FullCase(USER, "CANARY", "an answer"), ("thought", *SUBSCORES_BLIND))
+    assert "thought" not in blind[1]["content"] and "CANARY" in full[1]["content"]
+
+
+@pytest.mark.parametrize("raw", ["", "[5,5]", "[5,5,5,5]", "[0,1,2]", "[1,2,6]", '[1,2,"3"]', "[1,2,true]", "[1,2,3", "null", "5"])
+def test_an_answer_that_is_not_the_list_asked_for_is_no_verdict(raw: str):
+    assert parse_scores(raw, SUBSCORES_BLIND) is None
+
+
+def test_a_verdict_is_read_in_the_order_asked_for():
+    assert parse_scores("[1, 2,3]", ("helpfulness", "correctness", "compliance")) == {
+        "helpfulness": 1,
+        "correctness": 2,
+        "compliance": 3,
+    }
+
+
+def _candidate(number: int, scores: tuple[int, ...], category: str = "a", prompt: str | None = None, **rest) -> Candidate:
+    return Candidate(bytes([number]), prompt or f"p{number}", category, rest.pop("verdict", "comply"), 0, scores, 3, **rest)
+
+
+def test_the_minimum_decides_and_every_row_leaves_by_one_door():
+    pool = [
+        _candidate(1, (5, 5, 4)),
+        _candidate(2, (5, 5, 2)),
+        _candidate(3, (5, 5)),
+        _candidate(4, (5, 5, 5), prompt="p1"),
+        _candidate(5, (4, 4, 4), "b"),
+        _candidate(6, (5, 5, 5), "b"),
+        _candidate(7, (), "b", drop_reason="truncated"),
+    ]
+    kept = select(pool, SelectConfig(threshold=4, max_per_category=1))
+    assert {candidate.key for candidate in kept} == {b"\x04", b"\x06"}
+    assert funnel(pool) == {
+        "a": {"below_threshold": 1, "judgement_missing": 1, "kept": 1, "not_best_of_n": 1},
+        "b": {"category_quota": 1, "kept": 1, "truncated": 1},
+    }
+    assert sum(sum(counts.values()) for counts in funnel(pool).values()) == len(pool)
+
+
+def test_verdict_quota_and_thresholds_by_category():
+    pool = [_candidate(number, (4, 4, 4), verdict="refuse") for number in range(4)] + [_candidate(9, (3, 3, 3), "b")]
+    kept = select(pool, SelectConfig(threshold=4, category_threshold={"b": 3}, max_per_verdict=2))
+    assert len([c for c in kept if c.category == "a"]) == 2 and any(c.category == "b" for c in kept)
+
+
+def test_an_empty_or_one_category_selection_stops_and_shows_the_funnel():
+    pool = [_candidate(1, (5, 5, 5)), _candidate(2, (1, 1, 1), "b")]
+    kept = select(pool, SelectConfig())
+    with pytest.raises(SpecmillError, match=r"below_threshold[\s\S]*\| b \|"):
+        require_kept(kept, funnel(pool), SelectConfig())
+
+
+def test_wilson_intervals_match_the_textbook_and_are_never_of_zero_width():
+    low, high = Proportion(0, 56).interval
+    assert low == 0 and 0.06 < high < 0.07
+    low, high = Proportion(45, 50).interval
+    assert abs(low - 0.7864) < 1e-3 and abs(high - 0.9565) < 1e-3
+    assert Proportion(0, 0).interval == (0.0, 1.0)

@@ -1,0 +1,99 @@
+"""The store and the ledger: written once, named by content, one writer."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import UserError
+from flows.inspect import problems
+from tasks.store import Conflict, Corrupt, Ledger, Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
+def _table(keys: range, quarantined: int = 0) -> pa.Table:
+    marks = ["reason"] * quarantined + [None] * (len(keys) - quarantined)
+    return pa.table({"key": [bytes([key]) * 16 for key in keys], "quarantined": pa.array(marks, pa.string())})
+
+
+def test_a_file_is_created_once_and_never_replaced(store: Store):
+    store.create("a/b.json", b"one")
+    with pytest.raises(Conflict):
+        store.create("a/b.json", b"two")
+    assert store.read("a/b.json") == b"one"
+    assert store.put("a/b.json", b"one").bytes == 3
+    assert not [name for name in Path(store.path("a")).iterdir() if name.name.startswith(".")]
+
+
+def test_the_ledger_names_what_counts(store: Store):
+    ledger = Ledger(store, "completions")
+    first, second = (
+        store.put_table("completions/shards", _table(range(3), 1)),
+        store.put_table("completions/shards", _table(range(3, 5))),
+    )
+    store.put_table("completions/shards", _table(range(9, 10)))
+    ledger.commit([first])
+    ledger.commit([second])
+    assert Ledger(store, "completions").shards() == [first, second]
+    assert (first.rows, first.quarantined) == (3, 1)
+
+
+def test_a_stale_writer_is_fenced_out(store: Store):
+    one, other = Ledger(store, "completions"), Ledger(store, "completions")
+    one.commit([])
+    other.commit([])
+    with pytest.raises(Conflict, match="another run"):
+        one.commit([])
+
+
+def test_a_lost_shard_is_surveyed_declared_and_made_again(store: Store):
+    ledger = Ledger(store, "completions")
+    shard = store.put_table("completions/shards", _table(range(3)))
+    ledger.commit([shard])
+    Path(store.path(shard.path)).unlink()
+    assert ledger.survey() == ([], [shard.path])
+    assert problems(store.root)[0] == [f"{shard.path}: missing"]
+    ledger.commit([], lost=[shard.path])
+    assert Ledger(store, "completions").survey() == ([], [])
+    ledger.commit([store.put_table("completions/shards", _table(range(3)))])
+    assert problems(store.root) == ([], 1)
+
+
+def test_verify_finds_changed_bytes_and_doubled_keys(store: Store):
+    ledger = Ledger(store, "completions")
+    shards = [
+        store.put_table("completions/shards", _table(range(3))),
+        store.put_table("completions/shards", _table(range(2, 6))),
+    ]
+    ledger.commit(shards)
+    found, checked = problems(store.root)
+    assert checked == 2 and len(found) == 1 and "key 0202" in found[0]
+    target = Path(store.path(shards[0].path))
+    target.write_bytes(target.read_bytes()[:-1] + b"x")
+    assert "checksum differs" in problems(store.root)[0][0]
+
+
+def test_a_broken_ledger_entry_is_named(store: Store):
+    Ledger(store, "completions").commit([])
+    Path(store.path("completions/ledger/00000000.json")).write_text("{")
+    with pytest.raises(Corrupt, match="00000000"):
+        Ledger(store, "completions").shards()
+
+
+def test_entries_say_what_they_hold(store: Store):
+    Ledger(store, "completions").commit([store.put_table("completions/shards", _table(range(3)))])
+    entry = json.loads(store.read("completions/ledger/00000000.json"))
+    assert entry["keys"] == 3 and entry["shards"][0]["sha256"]
+
+
+def test_an_unwritable_root_is_the_users_mistake(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Store(str(tmp_path / "file" / "root")).check_writable()
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store("nothing://root")
