@@ -45,9 +45,13 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
 
 
+class EngineDied(Exception):
+    """The engine's process is gone; no later request can be answered."""
+
+
 class Engine(Protocol):
     """One served model."""
 
     async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
-        """Draws one completion of a prompt given as token ids."""
+        """Draws one completion of a prompt given as token ids. Raises ValueError for a request it refuses, and EngineDied."""
         ...

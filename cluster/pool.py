@@ -17,7 +17,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.engine import EngineConfig
+from cluster.engine import EngineConfig, EngineDied
 from cluster.errors import SpecmillError, UserError
 from cluster.models import Model, resolve_model
 from cluster.vllm_engine import VllmEngine, environment
@@ -66,11 +66,9 @@ class EngineActor:
         self._engine.stop()
 
     async def _alive(self, work: Awaitable[Any]) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             return await work
-        except EngineDeadError:
+        except EngineDied:
             os._exit(1)
 
 

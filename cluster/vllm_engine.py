@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.engine import Completion, EngineConfig, Sampling
+from cluster.engine import Completion, EngineConfig, EngineDied, Sampling
 from cluster.models import Model
-
-WEIGHT_TRANSFER_BACKEND = "file"
+from cluster.weight_transfer import BACKEND
 
 
 def environment(config: EngineConfig, core: int | None) -> dict[str, str]:
@@ -61,7 +60,7 @@ class VllmEngine:
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             }
         if self.receives_weights:
-            options["weight_transfer_config"] = WeightTransferConfig(backend=WEIGHT_TRANSFER_BACKEND)
+            options["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=self.model.path,
@@ -80,8 +79,9 @@ class VllmEngine:
             await self._engine.init_weight_transfer_engine(_request(init_info={}))
 
     async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
-        """Draws one completion. Raises what vLLM raises when the engine is dead."""
+        """Draws one completion; see `Engine.complete`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         held = None
         if sampling.grammar or sampling.json_schema:
@@ -97,9 +97,12 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        result = None
-        async for output in self._engine.generate({"prompt_token_ids": list(prompt)}, params, uuid.uuid4().hex):
-            result = output
+        result: Any = None
+        try:
+            async for output in self._engine.generate({"prompt_token_ids": list(prompt)}, params, uuid.uuid4().hex):
+                result = output
+        except EngineDeadError as error:
+            raise EngineDied(str(error)) from error
         drawn = result.outputs[0]
         ids = list(drawn.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(ids, drawn.logprobs, strict=True)] if drawn.logprobs else []

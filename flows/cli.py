@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +42,13 @@ def run(
     from flows.train import train
 
     try:
-        {"factory": factory, "regenerate": regenerate, "train": train, "evaluate": evaluate}[flow](request)
+        flows: dict[str, Callable[[RunRequest], object]] = {
+            "factory": factory,
+            "regenerate": regenerate,
+            "train": train,
+            "evaluate": evaluate,
+        }
+        flows[flow](request)
     except KeyboardInterrupt:
         typer.echo("specmill: interrupted. Everything committed is kept; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None

@@ -15,10 +15,9 @@ from tasks.complete import GenerateConfig
 from tasks.evaluate import EvaluateConfig
 from tasks.gates import GateConfig
 from tasks.judge import JudgeConfig
-from tasks.keys import digest
 from tasks.rl import RlConfig
 from tasks.select import SelectConfig
-from tasks.sft import SftConfig
+from tasks.sft import UNIMPORTANT, SftConfig
 from tasks.validation import Strict, parse, read_yaml
 
 
@@ -38,9 +37,14 @@ class RunConfig(Strict):
     rl: RlConfig = Field(RlConfig(), title="RL")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate")
 
-    def identity(self) -> str:
-        """Hash of what the run computes; where it is written and how it is called are not part of it."""
-        return digest(self.model_dump(exclude={"root", "name"}))
+    def parameters(self) -> dict[str, Any]:
+        """What the run computes. Where and by how many workers it is computed, and how it is called, is left out."""
+        content = self.model_dump(mode="json", exclude={"root", "name", "policy", "prompts"})
+        for stage in ("generate", "judge", "evaluate"):
+            content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
+        for stage, fields in (("generate", {"shard_prompts"}), ("sft", UNIMPORTANT), ("rl", {"ranks"})):
+            content[stage] = {name: value for name, value in content[stage].items() if name not in fields}
+        return content
 
 
 class RunRequest(BaseModel):

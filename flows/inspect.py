@@ -28,7 +28,7 @@ def describe(path: str, manifest: dict[str, Any]) -> str:
         if name in manifest:
             lines.append(f"{name}: {json.dumps(manifest[name])}")
     lines.append("lineage:")
-    provenance = {name: value for name, value in manifest.get("provenance", {}).items() if name != "config"}
+    provenance = {name: value for name, value in manifest.get("provenance", {}).items() if name != "parameters"}
     lines += [f"  {name}: {json.dumps(value)}" for name, value in provenance.items()]
     if "funnel" in manifest:
         lines += ["", funnel_markdown(manifest["funnel"])]

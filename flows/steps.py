@@ -114,7 +114,7 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         "prompts": digest([prompt.model_dump() for prompt in prompts]),
         "specs": {name: spec.hash for name, spec in run.specs.items()},
         "judge": run.judge_hash("blind"),
-        "config": config.rl.model_dump(),
+        "config": config.rl.model_dump(exclude={"ranks"}),
     }
     id = f"rl-{digest(recipe)[:12]}"
     found = ckpt.find(store, id)
@@ -225,7 +225,7 @@ def _provenance(run: Workspace) -> dict[str, Any]:
         },
         "generator": {"id": run.generator.model.id, "revision": run.generator.model.revision},
         "judge": {"id": run.judge.model.id, "revision": run.judge.model.revision, "k": config.judge.k},
-        "config": config.model_dump(mode="json", exclude={"root", "policy", "prompts"}),
+        "parameters": config.parameters(),
     }
 
 

@@ -50,8 +50,7 @@ class Workspace:
         """Hash of policy, prompts, models and parameters."""
         specs = {name: spec.hash for name, spec in self.specs.items()}
         models = [self.generator.model.id, self.generator.model.revision, self.judge.model.id, self.judge.model.revision]
-        parameters = self.config.model_dump(exclude={"root", "name", "policy", "prompts"})
-        return digest([specs, self.prompts_hash, models, parameters])
+        return digest([specs, self.prompts_hash, models, self.config.parameters()])
 
     @cached_property
     def splits(self) -> dict[str, Split]:

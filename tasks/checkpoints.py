@@ -42,7 +42,7 @@ def find(store: Store, id: str) -> Checkpoint | None:
 def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics: dict[str, Any]) -> Checkpoint:
     """Writes the manifest of a checkpoint whose model directory is complete."""
     path = directory(store, id)
-    files = []
+    files: list[dict[str, Any]] = []
     for file in sorted((path / "model").iterdir()):
         content = file.read_bytes()
         name = file.relative_to(path).as_posix()

@@ -114,14 +114,15 @@ def cut(
     for prompt, sample in missing:
         by_prompt.setdefault(prompt.id, (prompt, []))[1].append(sample)
     by_category: dict[str, list[tuple[Prompt, list[int]]]] = {}
-    for prompt, samples in by_prompt.values():
-        by_category.setdefault(prompt.category, []).append((prompt, samples))
+    for prompt, numbers in by_prompt.values():
+        by_category.setdefault(prompt.category, []).append((prompt, numbers))
     shards = []
     for category, items in by_category.items():
         for start in range(0, len(items), config.shard_prompts):
             part = items[start : start + config.shard_prompts]
-            prompts, samples = zip(*part, strict=True)
-            shards.append(CompletionShard(root, model, config, asked[category], prompts, tuple(map(tuple, samples))))
+            prompts = tuple(prompt for prompt, _ in part)
+            samples = tuple(tuple(numbers) for _, numbers in part)
+            shards.append(CompletionShard(root, model, config, asked[category], prompts, samples))
     return shards
 
 

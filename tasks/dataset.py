@@ -102,7 +102,7 @@ def publish(
     """Writes a dataset version, manifest last; finds it again when the same rows were published before."""
     by_key = {row["key"]: row for row in rows}
     kept = sorted((c for c in pool if c.drop_reason is None), key=lambda c: (c.prompt_id, c.sample))
-    content = {"kept": [[c.key.hex(), *c.scores] for c in kept], "provenance": provenance, "funnel": funnel}
+    content = {"kept": [[c.key.hex(), *c.scores] for c in kept], "funnel": funnel}
     version = digest(content)[:12]
     path = f"datasets/{name}/{version}"
     known = store.read_json(f"{path}/manifest.json")

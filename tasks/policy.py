@@ -7,6 +7,7 @@ arXiv 2412.16339, section 2.3.1). The hash of that text, not of the files, is wh
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,7 +121,7 @@ def load_policy(directory: Path | str) -> Policy:
         path = root / f"{name}.yaml"
         try:
             content = read_yaml(path)
-            category = parse(Category, content, path, lambda loc, c=content, n=name: _place(loc, c, n))
+            category = parse(Category, content, path, partial(_place, content, name))
         except UserError as error:
             problems.append(str(error))
             continue
@@ -180,7 +181,7 @@ def _clause(clause: Clause) -> str:
     return f"- {clause.id} [{clause.verdict}] {clause.text}{excludes}"
 
 
-def _place(location: tuple, content: dict[str, Any], category: str) -> str:
+def _place(content: dict[str, Any], category: str, location: tuple) -> str:
     """`('clauses', 3, 'verdict')` -> `category self-harm: clause SH4: verdict`."""
     parts = [f"category {category}"]
     rest = list(location)

@@ -219,7 +219,8 @@ class Ledger:
 
     def survey(self) -> tuple[list[Shard], list[str]]:
         """Shards that count and are there, and the paths of those that are gone and have to be made again."""
-        here, lost = [], []
+        here: list[Shard] = []
+        lost: list[Shard] = []
         for shard in self.shards():
             (here if self.store.exists(shard.path) else lost).append(shard)
         return here, [shard.path for shard in lost]

@@ -1,0 +1,93 @@
+# Specmill's everyday commands. `demo`, `test`, `quick` and `lint` set up what they need; setting up twice does nothing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick lint lock clean
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+LOG := .venv/setup.log
+started := $(shell date +%s)
+
+# The torch of pyproject.toml with the label of its CPU build, which only an index or folder of CPU wheels has.
+TORCH := torch==2.13.0+cpu
+
+# pip would compile 31,000 modules on one core (150 s); the quarter that is ever imported compiles in 40 s, when `setup`
+# imports it. That lasts only if Python may write bytecode, which container images often forbid.
+unexport PYTHONDONTWRITEBYTECODE
+IMPORTED_BY_ENGINES := vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama, xgrammar
+IMPORTED_BY_FLOWS := prefect.server.api.server, prefect.cli, ray.train.torch, ray.dashboard.agent, deepspeed, datasets, s3fs, openai
+
+help: ## shows this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+setup: .venv/.specmill .venv/.model ## makes .venv from the lock and converts the default model (once: minutes, 3.5 GB)
+	@echo "specmill is set up ($$(($$(date +%s) - $(started))) s)."
+
+demo: setup ## from the written policy to an aligned checkpoint and its report
+	.venv/bin/specmill run specs/runs/demo.yaml
+
+test: setup ## all tests but the soak tests
+	.venv/bin/pytest -m "not soak"
+
+quick: setup ## the tests that start no engine and no server, under two minutes
+	.venv/bin/pytest -m "not slow and not chain and not soak"
+
+lint: setup ## style, types and the direction of imports
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+lock: ## writes both lock files from pyproject.toml, keeping the versions that still fit (needs uv)
+	@lock() { UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate "$$@"; }
+	lock pyproject.toml --extra cpu --extra dev --no-emit-package torch -o requirements-cpu.lock
+	printf 'pip\nsetuptools\n' | lock - -c requirements-cpu.lock -o requirements-build.lock
+	# What holds for every line (CPython on the two kinds of machine) is checked by `setup` and not said 250 times.
+	sed -i -E "s/ ; python_full_version < '3.15' and implementation_name == 'cpython' and \(\(platform_machine.*/ \\\\/" requirements-*.lock
+
+clean: ## removes .venv and the tools' caches; runs and the converted model stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+	find flows tasks cluster tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Everything is installed with --no-deps: the lock is complete, and it leaves out packages that break or bloat a CPU install.
+# Only torch may need an extra index. The rest is asked for without it and with one retry, since an index that cannot be reached
+# costs 8 s of retries for each of 250 packages; if that fails, pip tries once more just as it is configured.
+.venv/.packages: requirements-build.lock requirements-cpu.lock
+	@fail() { echo "specmill: $$1" >&2; exit 1; }
+	logged() { "$$@" >> $(LOG) 2>&1; }
+	case "$$(uname -sm)" in "Linux x86_64" | "Linux aarch64") ;;
+	  *) fail "the locked packages are for Linux on x86-64 or ARM64, this is $$(uname -sm)." ;; esac
+	"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2> /dev/null ||
+	  fail "needs Python 3.11 to 3.14, but \`$(PYTHON)\` is $$("$(PYTHON)" --version 2>&1 || true). Name one: make setup PYTHON=python3.12"
+	echo "Setting up specmill: some minutes and 3.5 GB, once. pip's words are in $(LOG)."
+	.venv/bin/python -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	: > $(LOG)
+	echo "  1/4 pip and setuptools"
+	logged $(PIP) install --require-hashes --no-deps --no-compile --retries 1 -r requirements-build.lock ||
+	  { tail -n 5 $(LOG) >&2; fail "pip could not install pip and setuptools; its last words are above."; }
+	echo "  2/4 the CPU build of PyTorch"
+	logged $(PIP) install --no-deps --no-compile $(TORCH) || {
+	  fail "pip finds no CPU build of PyTorch ($(TORCH)) for $$(.venv/bin/python --version); PyPI has none. Say where one is:
+	    PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> make setup
+	    PIP_FIND_LINKS=<a folder that holds the wheel> make setup"; }
+	echo "  3/4 $$(grep -c '^[a-z]' requirements-cpu.lock) locked packages (takes longest)"
+	export DS_BUILD_OPS=0 # DeepSpeed: no compiled operators
+	locked="$(PIP) install --require-hashes --no-deps --no-compile --no-build-isolation --progress-bar off -r requirements-cpu.lock"
+	logged env -u PIP_EXTRA_INDEX_URL $$locked --retries 1 || logged $$locked ||
+	  { tail -n 15 $(LOG) >&2; fail "pip could not install the locked packages; its last words are above. \`make setup\` goes on from here."; }
+	touch $@
+
+.venv/.specmill: .venv/.packages pyproject.toml
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable . >> $(LOG) 2>&1 || { tail -n 15 $(LOG) >&2; exit 1; }
+	touch $@
+
+.venv/.model: .venv/.packages | .venv/.specmill
+	@echo "  4/4 the default model, and a first import of what engines and flows use"
+	imports() { .venv/bin/python -W ignore -c "import $$1" >> $(LOG) 2>&1; }
+	imports "$(IMPORTED_BY_FLOWS)" & flows=$$!
+	{ .venv/bin/python -c 'from cluster.models import resolve_model; resolve_model("default")' >> $(LOG) 2>&1 &&
+	  imports "$(IMPORTED_BY_ENGINES)" && wait $$flows; } || { tail -n 15 $(LOG) >&2; exit 1; }
+	touch $@

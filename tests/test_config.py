@@ -1,0 +1,92 @@
+"""Run files: layers, and one clear message with the right exit code for everything that can be wrong with them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import UserError
+from flows.config import RunConfig, RunRequest, load_run
+
+RUNS = Path("specs/runs")
+
+
+@pytest.mark.parametrize("file", sorted(RUNS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_shipped_run_files_are_valid(file: Path):
+    config = load_run(RunRequest(file=str(file)))
+    assert config.name == file.stem
+    assert Path(config.policy).is_dir() and Path(config.prompts).is_dir()
+
+
+def test_layers_parent_file_changes(tmp_path: Path):
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump({"version": 1, "generate": {"n": 3, "temperature": 0.5}, "judge": {"k": 7}}))
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({"version": 1, "extends": "parent.yaml", "generate": {"n": 4}}))
+    request = RunRequest(file=str(tmp_path / "child.yaml"), threshold=2, changes=["judge.k=5", "generate.engine.engines=3"])
+    config = load_run(request)
+    assert (config.generate.n, config.generate.temperature, config.judge.k) == (4, 0.5, 5)
+    assert (config.select.threshold, config.generate.engine.engines) == (2, 3)
+
+
+def test_worker_and_shard_counts_are_no_parameters_of_a_run():
+    one = load_run(RunRequest(file=str(RUNS / "demo.yaml")))
+    other = load_run(
+        RunRequest(
+            file=str(RUNS / "demo.yaml"),
+            root="/elsewhere",
+            changes=["generate.engine.engines=7", "generate.shard_prompts=99", "sft.ranks=2", "rl.ranks=2", "judge.engine.dtype=bfloat16"],
+        )
+    )
+    assert one.parameters() == other.parameters()
+    assert one.parameters() != load_run(RunRequest(file=str(RUNS / "demo.yaml"), samples=5)).parameters()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"generate": {"n": "many"}}, ["generate.n", "many"]),
+        ({"generate": {"m": 2}}, ["generate.m", "unknown field"]),
+        ({"colour": "red"}, ["colour", "unknown field"]),
+        ({"judge": {"temperature": 0}}, ["judge.temperature", "greater than 0"]),
+        ({"name": "Not A Name"}, ["name"]),
+        ({"extends": "nothing.yaml"}, ["nothing.yaml", "no such file"]),
+        ({"sft": {"training": {"zero_stage": 7}}}, ["sft.training.zero_stage"]),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, content: dict, words: list[str]):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"version": 1, **content}))
+    with pytest.raises(UserError) as error:
+        load_run(RunRequest(file=str(file)))
+    for word in ["run.yaml" if "extends" not in content else "nothing.yaml", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "expected a mapping"), ("- 1", "expected a mapping"), ("a: [", "cannot be read"), ("name: x", "version: is missing")],
+)
+def test_a_file_that_is_no_run_file_says_so(tmp_path: Path, text: str, words: str):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_run(RunRequest(file=str(file)))
+
+
+def test_defaults_have_titles_and_descriptions_for_the_form():
+    def fields(model):
+        for name, field in model.model_fields.items():
+            yield f"{model.__name__}.{name}", field
+            if hasattr(field.annotation, "model_fields"):
+                yield from fields(field.annotation)
+
+    assert [name for name, field in [*fields(RunRequest), *fields(RunConfig)] if not field.title] == []
+
+
+def test_the_command_shows_one_message_and_the_exit_code(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("version: 1\ngenerate: {m: 2}\n")
+    done = subprocess.run([sys.executable, "-m", "flows.cli", "run", str(file)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"specmill: {file}: generate.m: unknown field"
