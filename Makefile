@@ -70,9 +70,9 @@ clean: ## removes .venv and the tools' caches; runs and the converted model stay
 	  { tail -n 5 $(LOG) >&2; fail "pip could not install pip and setuptools; its last words are above."; }
 	echo "  2/4 the CPU build of PyTorch"
 	logged $(PIP) install --no-deps --no-compile $(TORCH) || {
-	  fail "pip finds no CPU build of PyTorch ($(TORCH)) for $$(.venv/bin/python --version); PyPI has none. Say where one is:
-	    PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> make setup
-	    PIP_FIND_LINKS=<a folder that holds the wheel> make setup"; }
+	  printf 'specmill: pip finds no CPU build of PyTorch ($(TORCH)) for %s; PyPI has none. Say where one is:\n%s\n%s\n' \
+	    "$$(.venv/bin/python --version)" "    PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> make setup" \
+	    "    PIP_FIND_LINKS=<a folder that holds the wheel> make setup" >&2; exit 1; }
 	echo "  3/4 $$(grep -c '^[a-z]' requirements-cpu.lock) locked packages (takes longest)"
 	export DS_BUILD_OPS=0 # DeepSpeed: no compiled operators
 	locked="$(PIP) install --require-hashes --no-deps --no-compile --no-build-isolation --progress-bar off -r requirements-cpu.lock"

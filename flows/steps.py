@@ -7,7 +7,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from cluster.errors import UserError
 from cluster.models import weights_digest
+from cluster.pool import Pool
 from flows.workspace import Workspace
 from tasks import checkpoints as ckpt
 from tasks import complete, evaluate, judge, rl, sft
@@ -15,7 +17,7 @@ from tasks.checkpoints import Checkpoint
 from tasks.dataset import Dataset, candidates, gather, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import digest
-from tasks.progress import Progress
+from tasks.progress import Progress, say
 from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
 from tasks.store import Ledger, Store
@@ -32,6 +34,7 @@ def complete_step(run: Workspace) -> None:
     done = _keys(store, [shard.path for shard in here], set(wanted))
     missing = [item for key, item in wanted.items() if key not in done]
     shards = complete.cut(missing, run.requests, store.root, run.generator.model, config)
+    _announce(run.generator, needed=bool(shards))
     with Progress("complete", "completions") as progress:
         complete.complete(run.generator, ledger, shards, lost, progress)
     run.note("complete", wanted=len(wanted), reused=len(wanted) - len(missing), made=len(missing), lost_shards=len(lost))
@@ -52,6 +55,7 @@ def judge_step(run: Workspace) -> None:
         if key not in done:
             missing.setdefault(completion, []).append(number)
     shards = _judgement_shards(run, passed, missing)
+    _announce(run.judge, needed=bool(shards))
     with Progress("judge", "verdicts") as progress:
         judge.judge_all(run.judge, ledger, shards, lost, progress)
     made = sum(map(len, missing.values()))
@@ -109,6 +113,11 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
     """Reinforcement learning from the SFT checkpoint, rewarded by the judge that never sees the thought."""
     config, store = run.config, run.store
     prompts = run.split("rl")
+    if len(prompts) < config.rl.prompts_per_step:
+        raise UserError(
+            f"rl.prompts_per_step: {config.rl.prompts_per_step} prompts are wanted, the RL split has {len(prompts)}. "
+            "Lower it, or add scenario groups."
+        )
     recipe = {
         "start": start.weights,
         "prompts": digest([prompt.model_dump() for prompt in prompts]),
@@ -122,6 +131,8 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         _clear(store, id)
         path = ckpt.directory(store, id)
         path.mkdir(parents=True, exist_ok=True)
+        _announce(run.policy_engine)
+        _announce(run.judge)
         job = rl.RlJob(
             root=store.root,
             id=id,
@@ -157,6 +168,8 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
     found = evaluate.find(store, id)
     if found is None:
+        _announce(run.policy_engine)
+        _announce(run.judge)
         subject = run.policy_engine.fleet()
         subject.load_weights(str(Path(checkpoint.model.path) / "model.safetensors"), 0)
         with Progress(f"eval-{checkpoint.kind}", "answers") as progress:
@@ -235,6 +248,12 @@ def _keys(store: Store, paths: list[str], wanted: set[bytes]) -> set[bytes]:
     for path in paths:
         found.update(wanted.intersection(store.read_table(path, ["key"])["key"].to_pylist()))
     return found
+
+
+def _announce(pool: Pool, needed: bool = True) -> None:
+    """Engines take up to a minute to start; a person should know what is being waited for."""
+    if needed and not pool.started:
+        say(f"  starting {pool.config.engines} x {pool.model.id}")
 
 
 def _clear(store: Store, id: str) -> None:
