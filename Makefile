@@ -44,7 +44,7 @@ lint: setup ## style, types and the direction of imports
 lock: ## writes both lock files from pyproject.toml, keeping the versions that still fit (needs uv)
 	@lock() { UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate "$$@"; }
 	lock pyproject.toml --extra cpu --extra dev --no-emit-package torch -o requirements-cpu.lock
-	printf 'pip\nsetuptools\n' | lock - -c requirements-cpu.lock -o requirements-build.lock
+	printf 'pip\nsetuptools\nuv\n' | lock - -c requirements-cpu.lock -o requirements-build.lock
 	# What holds for every line (CPython on the two kinds of machine) is checked by `setup` and not said 250 times.
 	sed -i -E "s/ ; python_full_version < '3.15' and implementation_name == 'cpython' and \(\(platform_machine.*/ \\\\/" requirements-*.lock
 
@@ -53,8 +53,10 @@ clean: ## removes .venv and the tools' caches; runs and the converted model stay
 	find flows tasks cluster tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Everything is installed with --no-deps: the lock is complete, and it leaves out packages that break or bloat a CPU install.
-# Only torch may need an extra index. The rest is asked for without it and with one retry, since an index that cannot be reached
-# costs 8 s of retries for each of 250 packages; if that fails, pip tries once more just as it is configured.
+# pip installs torch, since it alone knows where the user's CPU wheels are. uv installs the rest, in half a minute instead of
+# three. Where uv finds no way (a mirror or certificate that only pip is told of), pip installs the same files by their hashes:
+# first without the extra index that torch may have needed and with one retry, because an index that cannot be reached costs 8 s
+# of retries for each of 250 packages; then just as it is configured.
 .venv/.packages: requirements-build.lock requirements-cpu.lock
 	@fail() { echo "specmill: $$1" >&2; exit 1; }
 	logged() { "$$@" >> $(LOG) 2>&1; }
@@ -65,9 +67,9 @@ clean: ## removes .venv and the tools' caches; runs and the converted model stay
 	echo "Setting up specmill: some minutes and 3.5 GB, once. pip's words are in $(LOG)."
 	.venv/bin/python -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 	: > $(LOG)
-	echo "  1/4 pip and setuptools"
+	echo "  1/4 pip, setuptools and uv"
 	logged $(PIP) install --require-hashes --no-deps --no-compile --retries 1 -r requirements-build.lock ||
-	  { tail -n 5 $(LOG) >&2; fail "pip could not install pip and setuptools; its last words are above."; }
+	  { tail -n 5 $(LOG) >&2; fail "pip could not install pip, setuptools and uv; its last words are above."; }
 	echo "  2/4 the CPU build of PyTorch"
 	logged $(PIP) install --no-deps --no-compile $(TORCH) || {
 	  printf 'specmill: pip finds no CPU build of PyTorch ($(TORCH)) for %s; PyPI has none. Say where one is:\n%s\n%s\n' \
@@ -75,8 +77,10 @@ clean: ## removes .venv and the tools' caches; runs and the converted model stay
 	    "    PIP_FIND_LINKS=<a folder that holds the wheel> make setup" >&2; exit 1; }
 	echo "  3/4 $$(grep -c '^[a-z]' requirements-cpu.lock) locked packages (takes longest)"
 	export DS_BUILD_OPS=0 # DeepSpeed: no compiled operators
-	locked="$(PIP) install --require-hashes --no-deps --no-compile --no-build-isolation --progress-bar off -r requirements-cpu.lock"
-	logged env -u PIP_EXTRA_INDEX_URL $$locked --retries 1 || logged $$locked ||
+	locked="install --require-hashes --no-deps --no-build-isolation -r requirements-cpu.lock"
+	logged .venv/bin/uv pip $$locked --python .venv/bin/python ||
+	  logged env -u PIP_EXTRA_INDEX_URL $(PIP) $$locked --no-compile --progress-bar off --retries 1 ||
+	  logged $(PIP) $$locked --no-compile --progress-bar off ||
 	  { tail -n 15 $(LOG) >&2; fail "pip could not install the locked packages; its last words are above. \`make setup\` goes on from here."; }
 	touch $@
 

@@ -166,7 +166,7 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
     config, store = run.config, run.store
     prompts = run.split("eval")
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
-    found = evaluate.find(store, id)
+    found = evaluate.find(store, id, checkpoint.kind)
     if found is None:
         _announce(run.policy_engine)
         _announce(run.judge)

@@ -58,10 +58,10 @@ def evaluation_id(weights: str, prompts: Iterable[Prompt], specs: dict[str, Spec
     return digest([weights, rows, {name: spec.hash for name, spec in specs.items()}, judge_digest, sampling])[:12]
 
 
-def find(store: Store, id: str) -> Evaluation | None:
-    """An evaluation that was made before."""
+def find(store: Store, id: str, checkpoint: str) -> Evaluation | None:
+    """An evaluation that was made before, of these very weights whatever they were called then."""
     manifest = store.read_json(f"evaluations/{id}/manifest.json")
-    return Evaluation(id, manifest["checkpoint"], manifest["metrics"], reused=True) if manifest else None
+    return Evaluation(id, checkpoint, manifest["metrics"], reused=True) if manifest else None
 
 
 def evaluate(
