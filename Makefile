@@ -64,7 +64,7 @@ clean: ## removes .venv and the tools' caches; runs and the converted model stay
 	  *) fail "the locked packages are for Linux on x86-64 or ARM64, this is $$(uname -sm)." ;; esac
 	"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2> /dev/null ||
 	  fail "needs Python 3.11 to 3.14, but \`$(PYTHON)\` is $$("$(PYTHON)" --version 2>&1 || true). Name one: make setup PYTHON=python3.12"
-	echo "Setting up specmill: some minutes and 3.5 GB, once. pip's words are in $(LOG)."
+	echo "Setting up specmill: some minutes and 3.5 GB, once. Details: $(LOG)"
 	.venv/bin/python -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 	: > $(LOG)
 	echo "  1/4 pip, setuptools and uv"
@@ -90,8 +90,10 @@ clean: ## removes .venv and the tools' caches; runs and the converted model stay
 
 .venv/.model: .venv/.packages | .venv/.specmill
 	@echo "  4/4 the default model, and a first import of what engines and flows use"
-	imports() { .venv/bin/python -W ignore -c "import $$1" >> $(LOG) 2>&1; }
-	imports "$(IMPORTED_BY_FLOWS)" & flows=$$!
-	{ .venv/bin/python -c 'from cluster.models import resolve_model; resolve_model("default")' >> $(LOG) 2>&1 &&
-	  imports "$(IMPORTED_BY_ENGINES)" && wait $$flows; } || { tail -n 15 $(LOG) >&2; exit 1; }
+	python() { .venv/bin/python -W ignore -c "$$1" >> $(LOG) 2>&1; }
+	{ python "import $(IMPORTED_BY_FLOWS)" && python "import $(IMPORTED_BY_ENGINES)"; } & imports=$$! # on the other core
+	ok=1
+	python 'from cluster.models import resolve_model; resolve_model("default")' || ok=
+	wait $$imports || ok=
+	[[ $$ok ]] || { tail -n 15 $(LOG) >&2; echo "specmill: the installed packages do not work together; Python's last words are above." >&2; exit 1; }
 	touch $@
