@@ -64,7 +64,8 @@ class Chat:
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a conversation up to the point where the assistant's next turn begins.
 
-        Raises UserError when the template leaves out or repeats a turn, which would silently train or judge something else.
+        Raises UserError when the template leaves out or repeats a turn, which would silently train or judge something else, and when
+        it parts turns by ordinary text, which a prompt could imitate.
         """
         slots = [f"SLOT{number:04d}{'Q' * 8}" for number in range(len(turns))]
         masked = [{"role": turn["role"], "content": slot} for turn, slot in zip(turns, slots, strict=True)]
@@ -75,9 +76,16 @@ class Chat:
             before, found, rest = rest.partition(slot)
             if not found or slot in rest:
                 raise UserError(f"model {self.path}: its chat template does not render a {turn['role']!r} turn exactly once.")
-            ids += self._control.encode(before, add_special_tokens=False).ids
+            ids += self._border(before) if ids else self._control.encode(before, add_special_tokens=False).ids
             ids += self.text(turn["content"])
-        return ids + self._control.encode(rest, add_special_tokens=False).ids
+        return ids + self._border(rest)
+
+    def _border(self, text: str) -> list[int]:
+        """What the template writes after a turn."""
+        ids: list[int] = self._control.encode(text, add_special_tokens=False).ids
+        if not self.control_ids.intersection(ids):
+            raise UserError(f"model {self.path}: its chat template parts turns by ordinary text ({text!r}), which a prompt could imitate.")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; control tokens are left out."""

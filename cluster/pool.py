@@ -6,6 +6,7 @@ hands a finished shard's result to the caller, and resubmits the shards of an ac
 """
 
 import asyncio
+import math
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -128,7 +129,7 @@ class Pool:
     def fleet(self) -> Fleet:
         """The running engines, started if need be. Raises UserError when they cannot fit in memory."""
         if self._fleet is None:
-            self._check_memory()
+            self.check_memory()
             actors = [self._actor(number) for number in range(self.config.engines)]
             try:
                 ray.get([actor.ready.remote() for actor in actors])
@@ -137,10 +138,28 @@ class Pool:
             self._fleet = Fleet(actors)
         return self._fleet
 
-    def map(self, stage: Stage, shards: Sequence[ShardT], in_flight: int = 2) -> Iterator[tuple[ShardT, Any]]:
-        """Like `Fleet.map`; with no shards, no engine is started."""
+    def map(self, stage: Stage, shards: Sequence[ShardT], requests: int) -> Iterator[tuple[ShardT, Any]]:
+        """Like `Fleet.map`, with as many shards in flight as fill the engines' batches; `requests` is that of all shards together.
+
+        With no shards, no engine is started.
+        """
         if shards:
+            in_flight = 1 + math.ceil(self.config.max_num_seqs * len(shards) / max(1, requests))
             yield from self.fleet().map(stage, shards, in_flight)
+
+    def check_memory(self) -> None:
+        """Raises UserError when CPU engines do not fit in this machine's free memory; of a cluster's nodes it knows nothing."""
+        if self.config.gpus or "RAY_ADDRESS" in os.environ:
+            return
+        weights = sum(file.stat().st_size for file in Path(self.model.path).glob("*.safetensors")) / 2**30
+        scale = 2 if self.config.dtype == "float32" else 1
+        need = self.config.engines * (scale * weights + self.config.kv_cache_gib + ENGINE_OVERHEAD_GIB)
+        free = psutil.virtual_memory().available / 2**30
+        if need > free:
+            raise UserError(
+                f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "
+                "Lower `engines` or `kv_cache_gib`, or take a smaller model."
+            )
 
     def close(self) -> None:
         """Ends the engines and frees their memory."""
@@ -163,19 +182,6 @@ class Pool:
             "runtime_env": {"env_vars": environment(self.config, core)},
         }
         return ray.remote(EngineActor).options(**options).remote(self.model, self.config, core, self.receives_weights)
-
-    def _check_memory(self) -> None:
-        if self.config.gpus:
-            return
-        weights = sum(file.stat().st_size for file in Path(self.model.path).glob("*.safetensors")) / 2**30
-        scale = 2 if self.config.dtype == "float32" else 1
-        need = self.config.engines * (scale * weights + self.config.kv_cache_gib + ENGINE_OVERHEAD_GIB)
-        free = psutil.virtual_memory().available / 2**30
-        if need > free:
-            raise UserError(
-                f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "
-                "Lower `engines` or `kv_cache_gib`, or take a smaller model."
-            )
 
 
 def _last_line(error: Exception) -> str:

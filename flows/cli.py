@@ -40,7 +40,11 @@ def run(
     from flows.factory import factory
     from flows.regenerate import regenerate
     from flows.train import train
+    from flows.workspace import prepare
+    from tasks.progress import say
 
+    prepare(request)
+    say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
     try:
         flows: dict[str, Callable[[RunRequest], object]] = {
             "factory": factory,
@@ -121,8 +125,8 @@ def _prefect_environment(root: str) -> None:
         home = Path(root if "://" not in root else ".") / ".prefect"
         home.mkdir(parents=True, exist_ok=True)  # Prefect's server does not make it, and never says so
         os.environ.setdefault("PREFECT_HOME", str(home))
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 

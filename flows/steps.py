@@ -101,7 +101,9 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
         _clear(store, id)
         shard = store.put_table(f"checkpoints/{id}/rows", table)
         path = ckpt.directory(store, id)
-        metrics = sft.train_sft(store.path(shard.path), base.path, str(path / "model"), config)
+        say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
+        with Progress("sft", "steps") as progress:
+            metrics = sft.train_sft(store.path(shard.path), base.path, str(path / "model"), config, progress)
         found = ckpt.finish(store, id, "sft", recipe, metrics)
         shutil.rmtree(path / ".training", ignore_errors=True)
     run.note("sft", rows=table.num_rows, reused=int(found.reused), trained=int(not found.reused))
@@ -123,7 +125,7 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         "prompts": digest([prompt.model_dump() for prompt in prompts]),
         "specs": {name: spec.hash for name, spec in run.specs.items()},
         "judge": run.judge_hash("blind"),
-        "config": config.rl.model_dump(exclude={"ranks"}),
+        "config": config.rl.model_dump(exclude=sft.UNIMPORTANT),
     }
     id = f"rl-{digest(recipe)[:12]}"
     found = ckpt.find(store, id)
@@ -147,7 +149,9 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
             judge_model=run.judge.model,
             judge_config=config.judge,
         )
-        metrics = rl.train_rl(job, str(path))
+        say(f"  starting {config.rl.ranks} x DeepSpeed ZeRO-{config.rl.training.zero_stage}")
+        with Progress("rl", "steps") as progress:
+            metrics = rl.train_rl(job, str(path), progress)
         found = ckpt.finish(store, id, "rl", recipe, metrics)
         (path / "weights.safetensors").unlink(missing_ok=True)
         shutil.rmtree(path / "train", ignore_errors=True)
@@ -172,7 +176,7 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
         _announce(run.judge)
         subject = run.policy_engine.fleet()
         subject.load_weights(str(Path(checkpoint.model.path) / "model.safetensors"), 0)
-        with Progress(f"eval-{checkpoint.kind}", "answers") as progress:
+        with Progress(f"eval-{checkpoint.kind}", "answers and verdicts") as progress:
             found = evaluate.evaluate(
                 store, id, checkpoint.kind, prompts, run.policy, run.specs, subject, run.base_model,
                 run.judge.fleet(), run.judge.model, config.judge, config.evaluate, progress,

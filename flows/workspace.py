@@ -107,7 +107,8 @@ def opened(request: RunRequest) -> Iterator[Workspace]:
             _current.reset(token)
 
 
-def _open(request: RunRequest, stack: ExitStack) -> Workspace:
+def prepare(request: RunRequest) -> Workspace:
+    """Reads and checks everything that a run needs, without starting anything. Raises UserError that says what to change."""
     config = load_run(request)
     policy = load_policy(config.policy)
     loaded = load_prompts(config.prompts, policy)
@@ -118,11 +119,20 @@ def _open(request: RunRequest, stack: ExitStack) -> Workspace:
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
     if policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
+    for pool in (generator, judge, policy_engine):
+        pool.check_memory()
     workspace = Workspace(config, policy, loaded, store, generator, judge, policy_engine)
-    say(f"run {workspace.run_id}: {len(loaded.prompts)} prompts, {len(loaded.capability)} capability rows -> {config.root}")
+    workspace.requests  # noqa: B018  (built now, since a grammar that does not fit is the user's mistake too)
+    return workspace
+
+
+def _open(request: RunRequest, stack: ExitStack) -> Workspace:
+    workspace = prepare(request)
+    loaded = workspace.loaded
+    say(f"run {workspace.run_id}: {len(loaded.prompts)} prompts, {len(loaded.capability)} capability rows -> {workspace.store.root}")
     for row in loaded.quarantined:
         say(f"  quarantined {row.file}:{row.line}: {row.reason}")
     stack.enter_context(ray_session())
-    for pool in {id(pool): pool for pool in (generator, judge, policy_engine)}.values():
+    for pool in {id(pool): pool for pool in (workspace.generator, workspace.judge, workspace.policy_engine)}.values():
         stack.enter_context(pool)
     return workspace

@@ -143,7 +143,7 @@ def complete(pool: Pool, ledger: Ledger, shards: list[CompletionShard], lost: li
     done = 0
     if lost:
         ledger.commit([], lost)
-    for _, receipt in pool.map(complete_shard, shards):
+    for _, receipt in pool.map(complete_shard, shards, total):
         ledger.commit([receipt])
         done += receipt.rows
         progress(done, total)

@@ -128,7 +128,7 @@ def judge_all(pool: Pool, ledger: Ledger, shards: list[JudgementShard], lost: li
     done = 0
     if lost:
         ledger.commit([], lost)
-    for _, receipt in pool.map(judge_shard, shards):
+    for _, receipt in pool.map(judge_shard, shards, total):
         ledger.commit([receipt])
         done += receipt.rows
         progress(done, total)

@@ -1,13 +1,13 @@
-"""Progress of long work, for a person: lines in the terminal and a progress artifact in Prefect."""
+"""Progress of long work, for a person: lines in the terminal and a progress artifact in Prefect.
+
+Prefect is imported late: it reads its settings from the environment as it is imported, and the command `specmill` makes them from the
+run file, whose types come from modules that show progress.
+"""
 
 import sys
 import time
 from types import TracebackType
 from typing import Any
-
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import get_run_context
-from prefect.exceptions import MissingContextError
 
 EVERY_SECONDS = 3.0
 
@@ -27,6 +27,10 @@ class Progress:
         self._artifact: Any = None
 
     def __enter__(self) -> "Progress":
+        from prefect.artifacts import create_progress_artifact
+        from prefect.context import get_run_context
+        from prefect.exceptions import MissingContextError
+
         try:
             get_run_context()
             self._artifact = create_progress_artifact(0.0, key=self.stage, description=f"{self.stage}: {self.unit}")
@@ -51,4 +55,6 @@ class Progress:
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else f", {seconds:.0f} s"
         say(f"  {self.stage:<10} {done}/{total} {self.unit} ({rate:.1f}/s{left}){' ' + note if note else ''}")
         if self._artifact:
+            from prefect.artifacts import update_progress_artifact
+
             update_progress_artifact(self._artifact, 100.0 * done / max(1, total))

@@ -4,7 +4,6 @@
 (`rollouts` ledger); a run that is started again reads them and draws nothing twice.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -30,10 +29,12 @@ from tasks.judge import JudgeConfig
 from tasks.keys import KEY_BYTES, digest
 from tasks.losses import TokenLoss, group_advantages, policy_gradient, reference_kl, token_logprobs
 from tasks.policy import Spec
+from tasks.progress import Progress
 from tasks.prompts import Prompt
 from tasks.rollout import BlindShard, Drawn, DrawShard, blind_items, draw, in_parts, judge_blind, reward
 from tasks.store import Ledger, Shard, Store
 from tasks.thoughts import Malformed
+from tasks.training_log import append_line, followed, keep_lines
 from tasks.validation import Strict
 
 STAGE = "rollouts"
@@ -60,7 +61,9 @@ class RlConfig(Strict):
         description="Largest mean difference of log-probabilities between trainer and engine.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
-    ranks: int = Field(1, ge=1, title="Ranks", description="Training processes.")
+    ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; fixed for the life of a run.")
+    cpus_per_rank: float = Field(1.0, gt=0, title="CPUs a rank", description="What Ray sets aside for each rank.")
+    gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
     training: TrainingConfig = Field(TrainingConfig(learning_rate=1e-6), title="Training", description="DeepSpeed settings.")
 
 
@@ -82,10 +85,19 @@ class RlJob:
     judge_config: JudgeConfig
 
 
-def train_rl(job: RlJob, storage: str) -> dict[str, Any]:
+def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict[str, Any]:
     """Runs the job on Ray Train; the same storage continues an interrupted one. Returns the last step's metrics."""
-    gpus = 1.0 if torch.cuda.is_available() else 0.0
-    return run_workers(rl_loop, {"job": job}, ranks=job.config.ranks, cpus_per_rank=1, gpus_per_rank=gpus, storage=storage, name="train")
+    config = job.config
+    with followed(_log(job), config.steps, progress or Progress("rl", "steps")):
+        return run_workers(
+            rl_loop,
+            {"job": job},
+            ranks=config.ranks,
+            cpus_per_rank=config.cpus_per_rank,
+            gpus_per_rank=config.gpus_per_rank,
+            storage=storage,
+            name="train",
+        )
 
 
 def rl_loop(config: dict[str, Any]) -> None:
@@ -93,10 +105,11 @@ def rl_loop(config: dict[str, Any]) -> None:
     job: RlJob = config["job"]
     settings = job.config
     engine = TrainingEngine(job.start_path, settings.training, settings.steps)
-    state = resume(engine) or {"step": 0}
+    first = (resume(engine) or {"step": 0})["step"]
     store = Store(job.root)
-    log = Path(job.output).parent / "metrics.jsonl"
-    for step in range(state["step"], settings.steps):
+    if engine.rank == 0:
+        keep_lines(_log(job), first)
+    for step in range(first, settings.steps):
         started = time.monotonic()
         rows = _agree(_committed(store, job.id, step) if engine.rank == 0 else None)
         if rows is None:
@@ -108,14 +121,13 @@ def rl_loop(config: dict[str, Any]) -> None:
         _verify_sync(metrics, settings, step)
         scores = [row["reward"] for row in rows if row["reward"] is not None]
         metrics |= signal | {
-            "step": step + 1,
+            "step": step,
             "reward": sum(scores) / max(1, len(scores)),
             "rollout_seconds": collected - started,
             "train_seconds": time.monotonic() - collected,
         }
         if engine.rank == 0:
-            with log.open("a") as stream:
-                stream.write(json.dumps(metrics) + "\n")
+            append_line(_log(job), metrics)
         report(metrics, engine, {"step": step + 1})
     engine.export(job.output)
 
@@ -129,6 +141,11 @@ def step_prompts(prompts: Sequence[Prompt], step: int, count: int, seed: int) ->
 def rollout_key(job: str, step: int, prompt: str, sample: int) -> bytes:
     """The key of a rollout: which job, step, prompt and sample."""
     return bytes.fromhex(digest([STAGE, job, step, prompt, sample]))[:KEY_BYTES]
+
+
+def _log(job: RlJob) -> Path:
+    """The metrics of the job, one line a step."""
+    return Path(job.output).parent / "metrics.jsonl"
 
 
 def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:

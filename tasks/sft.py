@@ -19,6 +19,8 @@ from cluster.errors import UserError
 from cluster.training import report, resume, run_workers
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, step_rows, steps_per_epoch
+from tasks.progress import Progress
+from tasks.training_log import append_line, followed, keep_lines
 
 UNIMPORTANT = {"ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps"}
 """Fields that leave the result as it is: they may change between an interruption and its continuation."""
@@ -43,7 +45,7 @@ class SftConfig(BaseModel):
     )
 
 
-def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig) -> dict[str, Any]:
+def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Fine-tunes the checkpoint `model_path` on a Parquet file and exports to `output`; returns the last step's metrics.
 
     Columns: input_ids list<int32> and prompt_length int32, the number of leading tokens that are not learnt. Beside the
@@ -53,7 +55,7 @@ def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig) -
     target = Path(output).absolute()
     storage = target.parent / ".training"
     identity = json.dumps(_identity(rows_path, model_path, config), indent=1)
-    _read_rows(rows_path)
+    rows = _read_rows(rows_path).num_rows
     if _claims(target, identity):
         lines = (target / "metrics.jsonl").read_text().splitlines()
         finished: dict[str, Any] = json.loads(lines[-1])
@@ -62,21 +64,23 @@ def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig) -
     if not _claims(run, identity):
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(identity)
-    return run_workers(
-        sft_loop,
-        {
-            "rows_path": str(Path(rows_path).absolute()),
-            "model_path": str(Path(model_path).absolute()),
-            "output": str(target),
-            "run": str(run),
-            "sft": config.model_dump(),
-        },
-        ranks=config.ranks,
-        cpus_per_rank=config.cpus_per_rank,
-        gpus_per_rank=config.gpus_per_rank,
-        storage=str(storage),
-        name=target.name,
-    )
+    total = config.epochs * steps_per_epoch(rows, config.rows_per_step)
+    with followed(run / "metrics.jsonl", total, progress or Progress("sft", "steps")):
+        return run_workers(
+            sft_loop,
+            {
+                "rows_path": str(Path(rows_path).absolute()),
+                "model_path": str(Path(model_path).absolute()),
+                "output": str(target),
+                "run": str(run),
+                "sft": config.model_dump(),
+            },
+            ranks=config.ranks,
+            cpus_per_rank=config.cpus_per_rank,
+            gpus_per_rank=config.gpus_per_rank,
+            storage=str(storage),
+            name=target.name,
+        )
 
 
 def sft_loop(config: dict[str, Any]) -> None:
@@ -93,7 +97,7 @@ def sft_loop(config: dict[str, Any]) -> None:
     first = (resume(engine) or {"step": 0})["step"]
     metrics_file = run / "metrics.jsonl"
     if engine.rank == 0:
-        _keep_lines(metrics_file, first)
+        keep_lines(metrics_file, first)
     for step in range(first, total):
         started = time.perf_counter()
         epoch, indices = step_rows(step, table.num_rows, sft.rows_per_step, training.seed)
@@ -103,8 +107,7 @@ def sft_loop(config: dict[str, Any]) -> None:
         seen = sum(len(row.input_ids) for row in rows)
         line = {"step": step, "epoch": epoch, **metrics, "tokens_per_second": seen / (time.perf_counter() - started)}
         if engine.rank == 0:
-            with metrics_file.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
+            append_line(metrics_file, line)
         if (step + 1) % sft.save_every_steps == 0 or step + 1 == total:
             report(line, engine, {"step": step + 1})
     engine.export(config["output"], beside=[metrics_file, run / "run.json"])
@@ -143,10 +146,3 @@ def _claims(directory: Path, identity: str) -> bool:
             "delete it to start again."
         )
     return True
-
-
-def _keep_lines(path: Path, steps: int) -> None:
-    """Drops the lines of steps that are about to be done again, and a line that a crash cut short."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] < steps))

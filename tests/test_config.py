@@ -1,7 +1,10 @@
 """Run files: layers, and one clear message with the right exit code for everything that can be wrong with them."""
 
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,9 +87,60 @@ def test_defaults_have_titles_and_descriptions_for_the_form():
     assert [name for name, field in [*fields(RunRequest), *fields(RunConfig)] if not field.title] == []
 
 
-def test_the_command_shows_one_message_and_the_exit_code(tmp_path: Path):
+def _policy(folder: Path) -> str:
+    """The shipped bundle with a clause that excludes one that does not exist."""
+    shutil.copytree("specs/policies/base", folder / "policy")
+    file = folder / "policy" / "self-harm.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["clauses"][0]["excludes"] = ["SH99"]
+    file.write_text(yaml.safe_dump(content))
+    return str(folder / "policy")
+
+
+def _prompts(folder: Path, text: str) -> str:
+    (folder / "prompts.jsonl").write_text(text)
+    return str(folder / "prompts.jsonl")
+
+
+def _unwritable(folder: Path) -> str:
+    (folder / "file").write_text("")
+    return str(folder / "file" / "root")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        (lambda folder: {"generate": {"m": 2}}, ["run.yaml: generate.m: unknown field"]),
+        (lambda folder: {"generate": {"engine": {"model": "./nowhere"}}}, ["./nowhere", "no such directory", "checkpoint directory"]),
+        (lambda folder: {"prompts": _prompts(folder, "")}, ["prompts.jsonl", "no usable prompt"]),
+        (lambda folder: {"policy": _policy(folder)}, ["self-harm.yaml", "SH99", "excludes"]),
+        (lambda folder: {"root": _unwritable(folder)}, ["file/root", "cannot be written", "Choose another root"]),
+        (lambda folder: {"generate": {"engine": {"kv_cache_gib": 9000}}}, ["GiB are free", "Lower `engines` or `kv_cache_gib`"]),
+        (lambda folder: {"generate": {"max_tokens": 64}}, ["generate.max_tokens", "longest output"]),
+    ],
+    ids=[
+        "unknown field",
+        "missing model",
+        "empty prompt file",
+        "malformed policy",
+        "unwritable root",
+        "too little memory",
+        "too few tokens",
+    ],
+)
+def test_the_command_shows_one_message_and_the_exit_code(tmp_path: Path, mistake: Callable[[Path], dict], words: list[str]):
     file = tmp_path / "run.yaml"
-    file.write_text("version: 1\ngenerate: {m: 2}\n")
+    given = {"policy": os.path.abspath("specs/policies/base"), "prompts": os.path.abspath("specs/prompts"), "root": str(tmp_path / "root")}
+    file.write_text(yaml.safe_dump({"version": 1, **given, **mistake(tmp_path)}))
     done = subprocess.run([sys.executable, "-m", "flows.cli", "run", str(file)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"specmill: {file}: generate.m: unknown field"
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("specmill: ") and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_reading_a_run_file_does_not_import_prefect():
+    """Prefect takes its settings from the environment when it is imported; the command makes them from the run file."""
+    code = "import sys, flows.config, tasks.store; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

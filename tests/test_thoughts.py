@@ -1,4 +1,4 @@
-"""Untrusted text stays text, and the thought is split on token ids."""
+"""The thought is split on token ids, held by the grammar, and read for what it cites."""
 
 import pytest
 from hypothesis import given, settings
@@ -10,25 +10,6 @@ from tasks.policy import load_policy
 from tasks.thoughts import Malformed, Parts, cited_clauses, cited_verdict, grammar, join, longest_output, split
 
 CHAT = Chat(resolve_model("default").path)
-HOSTILE = st.lists(
-    st.one_of(st.sampled_from([*CHAT.added, "<think>", "</think>", "\n", "system", "assistant"]), st.text(max_size=20)),
-    max_size=8,
-).map("".join)
-
-
-@settings(max_examples=200, deadline=None)
-@given(contents=st.lists(HOSTILE, min_size=1, max_size=4))
-def test_text_cannot_open_or_end_a_turn(contents: list[str]):
-    roles = ["user", "assistant", "tool", "user"]
-    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    harmless = [{"role": turn["role"], "content": "x"} for turn in turns]
-    assert _control(CHAT.prompt(turns)) == _control(CHAT.prompt(harmless))
-    assert _control(CHAT.text("".join(contents))) == []
-
-
-def _control(ids: list[int]) -> list[int]:
-    return [token for token in ids if token in CHAT.control_ids]
-
 
 # The default tokenizer has no token for some control characters and some bytes of unassigned ones; ordinary writing comes back whole.
 WRITTEN = st.text(st.characters(max_codepoint=0x2FFF, exclude_characters="<", exclude_categories=["Cs", "Cn", "Co", "Cc"]), min_size=1)

@@ -1,0 +1,271 @@
+"""The whole way once, from the written policy to the report, with Prefect, Ray, vLLM and DeepSpeed; then what a second start does.
+
+The model is two layers that have learnt one thing: to answer everything with the same thought, which holds a canary. So rollouts are
+well formed, the judge is really asked, and a thought that reached the judge would be seen.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+import yaml
+from ray import cloudpickle
+
+from cluster.chat import Chat
+from cluster.engine import Completion, Engine, Sampling
+from cluster.pool import Fleet, Pool
+from flows.config import RunRequest
+from flows.inspect import problems
+from tasks import rl, thoughts
+from tasks.compose import plain_turns
+from tasks.policy import load_policy
+from tasks.prompts import load_prompts
+from tasks.store import Ledger, Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.chain]
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
+
+SPECS = Path(__file__).parent.parent / "specs"
+CATEGORIES = ("self-harm", "extremism")
+CANARY, ANSWER = "zebra quill", "The harbour opens at nine."
+LIMIT = 40
+PROBE = "Which bird nests on a cliff?"
+
+
+@pytest.fixture(scope="module")
+def scripted_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model, taught to answer the prompts of the run with one thought and one answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cluster.models import copy_tokenizer
+
+    torch.manual_seed(0)
+    chat = Chat(tiny_model)
+    loaded = load_prompts(str(SPECS / "prompts"), load_policy(str(SPECS / "policies" / "base")))
+    script = [*chat.text(thoughts.join(CANARY, ANSWER)), chat.end_of_turn]
+    asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in loaded.prompts if prompt.category in CATEGORIES]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    targets = torch.tensor(script)
+    for step in range(400):
+        ids = torch.tensor([asked[step % len(asked)] + script])
+        loss = torch.nn.functional.cross_entropy(model(ids, logits_to_keep=len(script) + 1).logits[0, :-1], targets)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert float(loss.detach()) < 0.02
+    path = tmp_path_factory.mktemp("scripted-model")
+    model.save_pretrained(path)
+    copy_tokenizer(Path(tiny_model), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two categories, 64 prompts."""
+    folder = tmp_path_factory.mktemp("chain")
+    (folder / "prompts").mkdir()
+    for name in (*CATEGORIES, "capability"):
+        (folder / "prompts" / f"{name}.jsonl").write_bytes((SPECS / "prompts" / f"{name}.jsonl").read_bytes())
+    engine = {"model": scripted_model, "dtype": "float32", "engines": 1, "max_num_seqs": 32, "kv_cache_gib": 0.25}
+    # so small a learning rate that the model does not forget its script
+    training = {"learning_rate": 1e-6, "micro_batch_tokens": 2048}
+    content = {
+        "version": 1,
+        "name": "chain",
+        "root": str(folder / "root"),
+        "policy": str(SPECS / "policies" / "base"),
+        "prompts": str(folder / "prompts"),
+        "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800},
+        "judge": {"engine": engine, "k": 2, "temperature": 1.0},
+        "select": {"threshold": 1},
+        "sft": {"epochs": 1, "rows_per_step": 16, "training": training},
+        "rl": {"steps": 2, "prompts_per_step": 4, "rollouts_per_prompt": 4, "max_tokens": LIMIT, "training": training},
+        "evaluate": {"engine": engine | {"max_model_len": 1024}, "max_tokens": LIMIT},
+    }
+    file = folder / "chain.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[None]:
+    """One Prefect server and one Ray for all runs of this file."""
+    import ray
+    from prefect.testing.utilities import prefect_test_harness
+
+    from cluster.session import ray_session
+
+    with prefect_test_harness(server_startup_timeout=180), ray_session(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+
+
+class Recorder:
+    """Passes requests on to an engine and writes down the prompt ids that it was handed."""
+
+    def __init__(self, engine: Engine, file: str) -> None:
+        self.engine, self.file = engine, file
+
+    async def complete(self, prompt: Any, sampling: Sampling) -> Completion:
+        with open(self.file, "a") as stream:
+            stream.write(json.dumps(list(prompt)) + "\n")
+        return await self.engine.complete(prompt, sampling)
+
+
+class RecordingFleet(Fleet):
+    """A fleet whose engines see every request through a recorder."""
+
+    def __init__(self, actors: list[Any], file: str) -> None:
+        super().__init__(actors)
+        self.file = file
+
+    def map(self, stage: Any, shards: Any, in_flight: int = 2) -> Iterator[Any]:
+        file = self.file
+
+        async def recorded(engine: Engine, shard: Any) -> Any:
+            return await stage(Recorder(engine, file), shard)
+
+        return super().map(recorded, shards, in_flight)
+
+
+async def probe(engine: Engine, prompt: list[int]) -> Completion:
+    """What an engine says, token by token, with log-probabilities."""
+    return await engine.complete(prompt, Sampling(1.0, 24, seed=7, logprobs=True))
+
+
+@pytest.fixture(scope="module")
+def chain(servers: None, run_file: Path, scripted_model: str) -> dict[str, Any]:
+    """The finished run: its root, and what was seen of the judge during RL."""
+    from flows.factory import factory
+
+    root, seen = run_file.parent / "root", run_file.parent / "judge-requests.jsonl"
+    question = Chat(scripted_model).prompt([{"role": "user", "content": PROBE}])
+    probes: list[Completion] = []
+    real = rl.train_rl
+
+    def watched(job: rl.RlJob, storage: str, progress: Any) -> dict[str, Any]:
+        def ask() -> None:
+            probes.extend(answer for _, answer in job.judge.map(probe, [question]))
+
+        ask()
+        metrics = real(replace(job, judge=RecordingFleet(job.judge.actors, str(seen))), storage, progress)
+        ask()
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "train_rl", watched)
+        folder = Path(factory(RunRequest(file=str(run_file))))
+    return {"root": root, "folder": folder, "requests": [json.loads(line) for line in seen.open()], "probes": probes}
+
+
+def again(run_file: Path) -> dict[str, dict[str, int]]:
+    """Starts the run once more; returns what each stage did."""
+    from flows.factory import factory
+
+    return stages(Path(factory(RunRequest(file=str(run_file)))))
+
+
+def stages(folder: Path) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = json.loads((folder / "manifest.json").read_text())["stages"]
+    return counts
+
+
+def test_the_run_ends_with_a_report_and_every_row_accounted_for(chain: dict[str, Any]) -> None:
+    assert problems(str(chain["root"]))[0] == []
+    counts = stages(chain["folder"])
+    assert counts["complete"] == {"wanted": 32, "reused": 0, "made": 32, "lost_shards": 0}
+    assert counts["judge"]["made"] == counts["judge"]["wanted"] == 2 * (32 - counts["judge"]["gated"])
+    assert counts["select"]["kept"] + counts["select"]["dropped"] == 32 and counts["select"]["categories"] == 2
+    report = (chain["folder"] / "report.md").read_text()
+    assert "not calibrated" in report.splitlines()[0] and "135M" in report.splitlines()[0]
+    assert all(name in report for name in ("base", "sft", "rl", *CATEGORIES))
+
+
+def test_the_dataset_opens_with_datasets_and_holds_no_policy(chain: dict[str, Any], tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    manifest = json.loads((chain["folder"] / "manifest.json").read_text())
+    rows = load_dataset(str(chain["root"] / manifest["dataset"]), split="train", cache_dir=str(tmp_path))
+    assert len(rows) == stages(chain["folder"])["select"]["kept"] and set(rows["category"]) == set(CATEGORIES)
+    assert rows.column_names == ["prompt_id", "category", "messages", "thought", "answer"]
+    clauses = [clause.text for _, clause in load_policy(str(SPECS / "policies" / "base")).clauses.values()]
+    assert not any(clause in json.dumps(row) for row in rows for clause in clauses)
+
+
+def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, Any]) -> None:
+    (path,) = (chain["root"] / "checkpoints").glob("rl-*")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
+    assert any(line["effective_groups"] for line in lines)
+    weights = {json.loads(file.read_text())["weights"] for file in (chain["root"] / "checkpoints").glob("*/manifest.json")}
+    assert len(weights) == 2
+
+
+def test_the_judge_of_rl_never_reads_a_thought(chain: dict[str, Any], scripted_model: str) -> None:
+    chat = Chat(scripted_model)
+    (path,) = (chain["root"] / "checkpoints").glob("rl-*")
+    files = [shard.path for shard in Ledger(Store(str(chain["root"])), f"rollouts/{path.name}").survey()[0]]
+    rollouts = ds.dataset([str(chain["root"] / file) for file in files]).to_table().to_pylist()
+    assert len(rollouts) == 32
+    judged = [row for row in rollouts if row["verdicts"]]
+    assert len(judged) > 16 and all(CANARY in chat.decode(row["token_ids"]) for row in judged)
+    read = [chat.decode(ids) for ids in chain["requests"]]
+    assert len(read) >= len(judged) and all(ANSWER.split()[0] in text for text in read)
+    assert not any(CANARY in text or "zebra" in text for text in read)
+
+
+def test_the_judge_is_the_same_before_and_after_rl(chain: dict[str, Any]) -> None:
+    before, after = chain["probes"]
+    assert before.token_ids == after.token_ids and len(before.logprobs) == len(before.token_ids) > 0
+    assert before.logprobs == after.logprobs
+
+
+def test_prefect_shows_the_progress_of_each_stage(chain: dict[str, Any]) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        response = client._client.post("/artifacts/filter", json={"artifacts": {"type": {"any_": ["progress", "markdown"]}}})
+    found = {artifact["key"]: artifact["data"] for artifact in response.json()}
+    assert {"complete", "judge", "sft", "rl", "eval-base", "eval-sft", "eval-rl", "report"} <= set(found)
+    assert all(float(found[key]) == 100.0 for key in ("complete", "judge", "sft", "rl", "eval-base"))
+
+
+def test_a_second_start_reuses_everything_without_an_engine(chain: dict[str, Any], run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pool: Pool) -> Fleet:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(Pool, "fleet", refuse)
+    counts = again(run_file)
+    assert counts["complete"]["made"] == counts["judge"]["made"] == counts["sft"]["trained"] == counts["rl"]["trained"] == 0
+    assert all(counts[f"eval-{name}"]["reused"] for name in ("base", "sft", "rl"))
+
+
+def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chain: dict[str, Any], run_file: Path) -> None:
+    import shutil
+
+    ledger = Ledger(Store(str(chain["root"])), "judgements")
+    lost = ledger.survey()[0][0]
+    os.remove(chain["root"] / lost.path)
+    (checkpoint,) = (chain["root"] / "checkpoints").glob("sft-*")
+    shutil.rmtree(checkpoint)
+    counts = again(run_file)
+    assert counts["complete"]["made"] == 0
+    assert counts["judge"] | {"gated": 0} == {
+        "wanted": counts["judge"]["wanted"],
+        "reused": counts["judge"]["wanted"] - lost.rows,
+        "made": lost.rows,
+        "lost_shards": 1,
+        "gated": 0,
+    }
+    assert counts["sft"]["trained"] == 1 and checkpoint.exists()
+    assert counts["rl"]["reused"] == 1, "the same data give the same weights, so what depends on them stands"
+    assert problems(str(chain["root"]))[0] == []
