@@ -103,7 +103,7 @@ class Fleet(Generic[ShardT, ResultT]):
             yield shard, result
 
     def load_weights(self, path: str, version: int) -> None:
-        """Every engine takes the weights of a safetensors file as policy version `version`."""
+        """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""
         ray.get([actor.load_weights.remote(path, version) for actor in self.actors])
 
 

@@ -111,7 +111,7 @@ class VllmEngine:
         return Completion(ids, str(drawn.finish_reason), len(prompt), result.num_cached_tokens or 0, logprobs)
 
     async def load_weights(self, path: str, version: int) -> None:
-        """Replaces the weights by those of a safetensors file and forgets the prefix cache."""
+        """Replaces the weights by those of a safetensors file or checkpoint directory and forgets the prefix cache."""
         await self._engine.start_weight_update()
         await self._engine.update_weights(_request(update_info={"path": path}))
         await self._engine.finish_weight_update(str(version))

@@ -1,12 +1,13 @@
 """Carries weights from a trainer to vLLM engines through a safetensors file, for machines without NCCL.
 
-The trainer calls `write_weights`; an engine built with `WeightTransferConfig(backend="file")` loads the file in vLLM's own
-lifecycle (start_weight_update, update_weights({"path": ...}), finish_weight_update). vLLM finds the backend in each of its
-processes through `register`, our entry point in the group `vllm.general_plugins`.
+The trainer calls `write_weights`; an engine built with `WeightTransferConfig(backend="file")` loads the file, or all safetensors
+files of a checkpoint directory, in vLLM's own lifecycle (start_weight_update, update_weights({"path": ...}),
+finish_weight_update). vLLM finds the backend in each of its processes through `register`, our entry point in the group
+`vllm.general_plugins`.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def write_weights(path: str | Path, named_weights: Iterable[tuple[str, Tensor]],
         unfinished.unlink(missing_ok=True)
 
 
+def _read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a safetensors file, or of all such files of a checkpoint directory."""
+    from safetensors import safe_open
+
+    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with safe_open(part, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
 def register() -> None:
     """Teaches vLLM the backend "file"; may be called any number of times in a process."""
     from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
@@ -68,11 +79,8 @@ def register() -> None:
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            from safetensors import safe_open
-
             model: Any = self.model
-            with safe_open(update_info.path, "pt") as file:
-                model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a mapping
+            model.load_weights(_read_weights(Path(update_info.path)))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

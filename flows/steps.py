@@ -175,7 +175,7 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
         _announce(run.policy_engine)
         _announce(run.judge)
         subject = run.policy_engine.fleet()
-        subject.load_weights(str(Path(checkpoint.model.path) / "model.safetensors"), 0)
+        subject.load_weights(checkpoint.model.path, 0)
         with Progress(f"eval-{checkpoint.kind}", "answers and verdicts") as progress:
             found = evaluate.evaluate(
                 store, id, checkpoint.kind, prompts, run.policy, run.specs, subject, run.base_model,

@@ -6,7 +6,10 @@ well formed, the judge is really asked, and a thought that reached the judge wou
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -269,3 +272,35 @@ def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chai
     assert counts["sft"]["trained"] == 1 and checkpoint.exists()
     assert counts["rl"]["reused"] == 1, "the same data give the same weights, so what depends on them stands"
     assert problems(str(chain["root"]))[0] == []
+
+
+def begun(root: Path, stage: str) -> bool:
+    """Whether a stage is under way: something of it is written."""
+    if stage == "sft":
+        return any(len(file.read_text().splitlines()) > 1 for file in root.glob("checkpoints/sft-*/.training/*/metrics.jsonl"))
+    return any(root.glob(f"{stage}/**/ledger/*.json"))
+
+
+@pytest.mark.soak
+def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> None:
+    """Ctrl-C while completions are drawn, while verdicts are given, in SFT and in RL: one root, and nothing of it is made twice."""
+    root = run_file.parent / "interrupted"
+    small = ["generate.shard_prompts=2", "judge.engine.max_num_seqs=4", "generate.engine.max_num_seqs=4", "sft.rows_per_step=2"]
+    changes = [argument for change in [*small, "sft.save_every_steps=2"] for argument in ("--set", change)]
+    command = [sys.executable, "-m", "flows.cli", "run", str(run_file), "--root", str(root), *changes]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}
+    for stage in ("completions", "judgements", "sft", "rollouts"):
+        # A process group of its own, as the shell gives it: Ctrl-C reaches all of it.
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        deadline = time.monotonic() + 600
+        while not begun(root, stage):
+            assert process.poll() is None and time.monotonic() < deadline, stage
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+        assert not (root / "runs").exists(), f"{stage} was over before it was interrupted"
+    assert subprocess.run(command, env=environment, timeout=900, check=False).returncode == 0
+    assert problems(str(root))[0] == []
+    for stage in ("completions", "judgements", "rollouts"):
+        keys = ds.dataset([str(file) for file in root.glob(f"{stage}/**/*.parquet")]).to_table(columns=["key"])["key"].to_pylist()
+        assert len(keys) == len(set(keys)) > 0

@@ -12,6 +12,7 @@ import yaml
 
 from cluster.errors import UserError
 from flows.config import RunConfig, RunRequest, load_run
+from flows.workspace import prepare
 
 RUNS = Path("specs/runs")
 
@@ -102,6 +103,13 @@ def _prompts(folder: Path, text: str) -> str:
     return str(folder / "prompts.jsonl")
 
 
+def _run_file(folder: Path, content: dict) -> Path:
+    given = {"policy": os.path.abspath("specs/policies/base"), "prompts": os.path.abspath("specs/prompts"), "root": str(folder / "root")}
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump({"version": 1, **given, **content}))
+    return file
+
+
 def _unwritable(folder: Path) -> str:
     (folder / "file").write_text("")
     return str(folder / "file" / "root")
@@ -112,7 +120,7 @@ def _unwritable(folder: Path) -> str:
     [
         (lambda folder: {"generate": {"m": 2}}, ["run.yaml: generate.m: unknown field"]),
         (lambda folder: {"generate": {"engine": {"model": "./nowhere"}}}, ["./nowhere", "no such directory", "checkpoint directory"]),
-        (lambda folder: {"prompts": _prompts(folder, "")}, ["prompts.jsonl", "no usable prompt"]),
+        (lambda folder: {"prompts": _prompts(folder, "")}, ["prompts.jsonl", "not one usable prompt"]),
         (lambda folder: {"policy": _policy(folder)}, ["self-harm.yaml", "SH99", "excludes"]),
         (lambda folder: {"root": _unwritable(folder)}, ["file/root", "cannot be written", "Choose another root"]),
         (lambda folder: {"generate": {"engine": {"kv_cache_gib": 9000}}}, ["GiB are free", "Lower `engines` or `kv_cache_gib`"]),
@@ -128,16 +136,21 @@ def _unwritable(folder: Path) -> str:
         "too few tokens",
     ],
 )
-def test_the_command_shows_one_message_and_the_exit_code(tmp_path: Path, mistake: Callable[[Path], dict], words: list[str]):
-    file = tmp_path / "run.yaml"
-    given = {"policy": os.path.abspath("specs/policies/base"), "prompts": os.path.abspath("specs/prompts"), "root": str(tmp_path / "root")}
-    file.write_text(yaml.safe_dump({"version": 1, **given, **mistake(tmp_path)}))
+def test_a_mistake_is_told_before_anything_starts(tmp_path: Path, mistake: Callable[[Path], dict], words: list[str]):
+    with pytest.raises(UserError) as error:
+        prepare(RunRequest(file=str(_run_file(tmp_path, mistake(tmp_path)))))
+    assert len(str(error.value).splitlines()) == 1
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("mistake", [{"generate": {"m": 2}}, {"generate": {"engine": {"model": "./nowhere"}}}], ids=["file", "content"])
+def test_the_command_shows_one_message_and_the_exit_code(tmp_path: Path, mistake: dict):
+    file = _run_file(tmp_path, mistake)
     done = subprocess.run([sys.executable, "-m", "flows.cli", "run", str(file)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("specmill: ") and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    for word in words:
-        assert word in done.stderr
+    assert done.stderr.startswith("specmill: ") and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
 
 
 def test_reading_a_run_file_does_not_import_prefect():
