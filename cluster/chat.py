@@ -40,7 +40,7 @@ class Chat:
         plain = {**definition, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self.added = {token["content"]: int(token["id"]) for token in definition["added_tokens"]}
-        self.control_ids = frozenset(self.added.values())
+        self.control_ids = frozenset(int(token["id"]) for token in definition["added_tokens"] if token["special"])
 
     @property
     def hash(self) -> str:
@@ -49,10 +49,12 @@ class Chat:
 
     @cached_property
     def end_of_turn(self) -> int:
-        """The id that ends an assistant's turn."""
-        token = self._config["eos_token"]
-        text = token["content"] if isinstance(token, dict) else token
-        return self.added[text]
+        """The id that ends an assistant's turn: the first that the template writes after one."""
+        slots = [f"SLOT{number:04d}{'Q' * 8}" for number in range(3)]
+        roles = ("user", "assistant", "user")
+        rendered = self._render([{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)])
+        after = rendered.partition(slots[1])[2].partition(slots[2])[0]
+        return next(token for token in self._border(after) if token in self.added.values())
 
     def text(self, text: str) -> list[int]:
         """Token ids of untrusted text; contains no control token, whatever the text spells."""
@@ -81,9 +83,9 @@ class Chat:
         return ids + self._border(rest)
 
     def _border(self, text: str) -> list[int]:
-        """What the template writes after a turn."""
+        """What the template writes after a turn. Text becomes no added token, so one of them is a border that no text can imitate."""
         ids: list[int] = self._control.encode(text, add_special_tokens=False).ids
-        if not self.control_ids.intersection(ids):
+        if not set(self.added.values()).intersection(ids):
             raise UserError(f"model {self.path}: its chat template parts turns by ordinary text ({text!r}), which a prompt could imitate.")
         return ids
 

@@ -37,15 +37,15 @@ class TokenLoss(Protocol):
 
     @property
     def loss(self) -> Tensor:
-        """Float [T] with gradient, not multiplied by the mask."""
+        """Float [L] with gradient, not multiplied by the mask."""
 
     @property
     def stats(self) -> Mapping[str, Tensor]:
-        """Name -> float [T]."""
+        """Name -> float [L]."""
 
 
 class Packed(Protocol):
-    """A micro-batch: rows laid end to end, T tokens."""
+    """A micro-batch: rows laid end to end, T tokens, of which L are learnt."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -56,8 +56,12 @@ class Packed(Protocol):
         """Int64 [T], from 0 again with each row."""
 
     @property
+    def learnt(self) -> Tensor:
+        """Int64 [L], the positions that predict a learnt token; logits are computed for them alone."""
+
+    @property
     def mask(self) -> Tensor:
-        """Float [T], the loss weight of each prediction."""
+        """Float [L], the loss weight of each prediction."""
 
     def to(self, device: torch.device) -> Self:
         """The same micro-batch on `device`."""
@@ -83,7 +87,7 @@ class TrainingEngine:
     def step(self, micro_batches: Sequence[Batch], loss_fn: Callable[[Tensor, Batch], TokenLoss]) -> dict[str, float]:
         """One optimiser step over this rank's micro-batches (equally many on every rank; dummies have an all-zero mask).
 
-        `loss_fn(logits [T, V], micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all
+        `loss_fn(logits [L, V], micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all
         micro-batches of all ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks.
         Returns those means with `tokens`, `gradient_norm` and `learning_rate`, the same on every rank.
         """
@@ -108,7 +112,7 @@ class TrainingEngine:
         return {**metrics, "tokens": tokens, "gradient_norm": float(norm or 0.0), "learning_rate": learning_rate}
 
     def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[Tensor, Batch], Answer], *, reference: bool = False) -> list[Answer]:
-        """`fn(logits [T, V], micro_batch)` of each micro-batch without gradient; at ZeRO-3 equally many on every rank.
+        """`fn(logits [L, V], micro_batch)` of each micro-batch without gradient; at ZeRO-3 equally many on every rank.
 
         With `reference` the logits are those of the model as it was before any step: the adapters are switched off, or, without
         adapters, every rank holds a second, frozen copy of the weights.
@@ -199,7 +203,7 @@ class TrainingEngine:
 
     def _forward(self, model: torch.nn.Module, batch: Packed) -> Tensor:
         # The one form in which transformers keeps packed rows apart: a mask of ones or a cache would silently mix them.
-        output = model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
+        output = model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], logits_to_keep=batch.learnt, use_cache=False)
         logits: Tensor = output.logits[0]
         return logits
 

@@ -15,11 +15,14 @@ class EngineConfig(BaseModel):
     model: str = Field("default", title="Model", description="`default` (SmolLM2-135M), a checkpoint directory, or a hub id.")
     revision: str | None = Field(None, title="Revision", description="A hub commit; read from the weights when left out.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", title="Precision", description="Precision of the weights.")
-    max_model_len: int = Field(4608, ge=256, title="Context", description="Longest prompt plus completion, in tokens.")
+    max_model_len: int = Field(8192, ge=256, title="Context", description="Longest prompt plus completion, in tokens.")
     max_num_seqs: int = Field(64, ge=1, title="Batch", description="Requests that one engine works on at the same time.")
     kv_cache_gib: float = Field(1.0, gt=0, title="KV cache", description="Memory for keys and values, in GiB (CPU engines).")
     engines: int = Field(1, ge=1, title="Engines", description="Number of engines; on a CPU, one per core is fastest.")
-    gpus: float = Field(0, ge=0, title="GPUs per engine", description="0 runs on CPU.")
+    gpus: float = Field(0, ge=0, title="GPUs per engine", description="0 runs on CPU; a fraction lets engines share a GPU.")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, title="GPU memory", description="Share of the GPU's memory for this engine; engines that share one add up to 1."
+    )
 
 
 @dataclass(frozen=True)

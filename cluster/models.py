@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from cluster.errors import UserError
@@ -44,8 +45,8 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
     """
     if name == DEFAULT_MODEL:
         return _default_model()
-    if os.path.isdir(name):
-        return _local_model(Path(name), revision)
+    if os.path.isdir(os.path.expanduser(name)):
+        return _local_model(Path(name).expanduser(), revision)
     if name.startswith(("/", ".", "~")):
         raise UserError(f"model {name!r}: no such directory. Give a Hugging Face checkpoint directory, a hub id, or `default`.")
     return _hub_model(name, revision)
@@ -56,8 +57,14 @@ def weights_digest(path: Path) -> str:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"model {str(path)!r} holds no *.safetensors file; convert the weights to safetensors first.")
+    return _digest_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Read once per process, unless a file's size or time changes."""
     digest = hashlib.sha256()
-    for file in files:
+    for file, _, _ in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):

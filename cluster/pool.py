@@ -1,22 +1,24 @@
 """Engine actors and the pool that feeds them.
 
 A pool starts its actors when they are first needed. Its fleet keeps several shards in flight per actor so that the engines never drain,
-hands a finished shard's result to the caller, and resubmits the shards of an actor that died. It knows stages (async functions from
-`tasks`) and nothing else.
+and hands a finished shard's result to the caller. Ray restarts an actor that died and runs its shards again. The pool knows stages
+(async functions from `tasks`) and nothing else.
 """
 
 import asyncio
 import math
 import os
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import psutil
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.engine import EngineConfig, EngineDied
 from cluster.errors import SpecmillError, UserError
@@ -28,39 +30,50 @@ ResultT = TypeVar("ResultT")
 Stage = Callable[[Any, ShardT], Awaitable[ResultT]]
 
 MAX_ATTEMPTS = 3
-"""A shard whose actor dies this often is given up: something in it kills engines."""
+"""A shard whose actor dies this often ends the run: something in it kills engines."""
 ENGINE_OVERHEAD_GIB = 1.5
 """Memory of a CPU engine beside weights and KV cache: two Python processes with torch (measured: 1.3 GiB)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that engines are to answer with: a safetensors file or checkpoint directory, as policy version `version`."""
+
+    path: str
+    version: int
+    push: str
+    """Names the push: a file of one name is written many times."""
 
 
 class EngineActor:
     """One engine in a process of its own. A dead engine ends the process, so that Ray starts a fresh one."""
 
-    def __init__(self, model: Model, config: EngineConfig, core: int | None, receives_weights: bool) -> None:
-        if core is not None:
+    def __init__(self, model: Model, config: EngineConfig, number: int, receives_weights: bool) -> None:
+        if config.gpus == 0:
+            cores = sorted(os.sched_getaffinity(0))
+            core = cores[number % len(cores)]
             os.sched_setaffinity(0, {core})
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
         self._engine = VllmEngine(model, config, receives_weights)
-        self._started = asyncio.Lock()
+        self._turn = asyncio.Lock()
         self._ready = False
+        self._weights: Weights | None = None
 
-    async def ready(self) -> bool:
-        """Returns when the engine answers."""
-        async with self._started:
+    async def ready(self, weights: Weights | None = None) -> bool:
+        """Returns when the engine answers with these weights. A restarted actor takes them anew; it would answer as the base model."""
+        async with self._turn:
             if not self._ready:
                 await self._engine.start()
                 self._ready = True
+            if weights and weights != self._weights:
+                await self._alive(self._engine.load_weights(weights.path, weights.version))
+                self._weights = weights
         return True
 
-    async def run(self, stage: Stage, shard: Any) -> Any:
+    async def run(self, stage: Stage, shard: Any, weights: Weights | None = None) -> Any:
         """Runs a stage on a shard."""
-        await self.ready()
+        await self.ready(weights)
         return await self._alive(stage(self._engine, shard))
-
-    async def load_weights(self, path: str, version: int) -> int:
-        """Loads the weights of policy version `version`; returns it."""
-        await self.ready()
-        await self._engine.load_weights(path, version)
-        return version
 
     def stop(self) -> None:
         """Ends the engine."""
@@ -78,40 +91,36 @@ class Fleet(Generic[ShardT, ResultT]):
 
     def __init__(self, actors: list[Any]) -> None:
         self.actors = actors
+        self._weights: Weights | None = None
 
     def map(self, stage: Stage, shards: Iterable[ShardT], in_flight: int = 2) -> Iterator[tuple[ShardT, ResultT]]:
         """Runs `stage` on every shard, at most `in_flight` per engine, and yields (shard, result) as they finish."""
-        waiting = deque((shard, 1) for shard in shards)
+        waiting = deque(shards)
         load = [0] * len(self.actors)
-        running: dict[Any, tuple[int, ShardT, int]] = {}
+        running: dict[Any, tuple[int, ShardT]] = {}
         while waiting or running:
             while waiting and min(load) < in_flight:
-                shard, attempt = waiting.popleft()
+                shard = waiting.popleft()
                 slot = load.index(min(load))
-                running[self.actors[slot].run.remote(stage, shard)] = (slot, shard, attempt)
+                running[self.actors[slot].run.remote(stage, shard, self._weights)] = (slot, shard)
                 load[slot] += 1
             done, _ = ray.wait(list(running), num_returns=1)
-            slot, shard, attempt = running.pop(done[0])
+            slot, shard = running.pop(done[0])
             load[slot] -= 1
-            try:
-                result = ray.get(done[0])
-            except RayActorError as error:
-                if attempt == MAX_ATTEMPTS:
-                    raise SpecmillError(f"a shard killed its engine {MAX_ATTEMPTS} times: {_last_line(error)}") from error
-                waiting.append((shard, attempt + 1))
-                continue
-            yield shard, result
+            yield shard, _result(done[0], f"a shard's engine died {MAX_ATTEMPTS} times")
 
     def load_weights(self, path: str, version: int) -> None:
         """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""
-        ray.get([actor.load_weights.remote(path, version) for actor in self.actors])
+        self._weights = Weights(path, version, uuid.uuid4().hex)
+        for answer in [actor.ready.remote(self._weights) for actor in self.actors]:
+            _result(answer, "an engine died while it took weights")
 
 
 class Pool:
     """Engines that start when they are first needed and end with the `with` block."""
 
-    def __init__(self, config: EngineConfig, receives_weights: bool = False, first_core: int = 0) -> None:
-        self.config, self.receives_weights, self.first_core = config, receives_weights, first_core
+    def __init__(self, config: EngineConfig, receives_weights: bool = False) -> None:
+        self.config, self.receives_weights = config, receives_weights
         self.model = resolve_model(config.model, config.revision)
         self._fleet: Fleet | None = None
 
@@ -127,15 +136,14 @@ class Pool:
         return self._fleet is not None
 
     def fleet(self) -> Fleet:
-        """The running engines, started if need be. Raises UserError when they cannot fit in memory."""
+        """The running engines, started if need be. Raises UserError when they cannot fit in memory or on the cluster's GPUs."""
         if self._fleet is None:
             self.check_memory()
-            actors = [self._actor(number) for number in range(self.config.engines)]
-            try:
-                ray.get([actor.ready.remote() for actor in actors])
-            except RayActorError as error:
-                raise SpecmillError(f"the engine of {self.config.model} did not start: {_last_line(error)}") from error
-            self._fleet = Fleet(actors)
+            self._check_gpus()
+            fleet: Fleet = Fleet([self._actor(number) for number in range(self.config.engines)])
+            for answer in [actor.ready.remote() for actor in fleet.actors]:
+                _result(answer, f"the engine of {self.config.model} did not start")
+            self._fleet = fleet
         return self._fleet
 
     def map(self, stage: Stage, shards: Sequence[ShardT], requests: int) -> Iterator[tuple[ShardT, Any]]:
@@ -161,6 +169,16 @@ class Pool:
                 "Lower `engines` or `kv_cache_gib`, or take a smaller model."
             )
 
+    def _check_gpus(self) -> None:
+        """Without this, Ray would wait for the GPUs for ever."""
+        need = self.config.engines * self.config.gpus
+        total, free = (resources().get("GPU", 0.0) for resources in (ray.cluster_resources, ray.available_resources))
+        if need > free:
+            raise UserError(
+                f"{self.config.engines} engines of {self.config.model} need {need:g} GPUs; the Ray cluster has {total:g}, {free:g} of them "
+                "free. Lower `engines`, or let engines share GPUs: `gpus` below 1 and a smaller `gpu_memory_utilization`."
+            )
+
     def close(self) -> None:
         """Ends the engines and frees their memory."""
         if self._fleet is None:
@@ -173,15 +191,27 @@ class Pool:
         self._fleet = None
 
     def _actor(self, number: int) -> Any:
-        core = (self.first_core + number) % (os.cpu_count() or 1) if self.config.gpus == 0 else None
         options = {
             "num_cpus": 1,
             "num_gpus": self.config.gpus,
-            "max_restarts": MAX_ATTEMPTS,
+            "max_restarts": -1,
+            "max_task_retries": MAX_ATTEMPTS - 1,
             "max_concurrency": 64,
-            "runtime_env": {"env_vars": environment(self.config, core)},
+            "runtime_env": {"env_vars": environment(self.config)},
         }
-        return ray.remote(EngineActor).options(**options).remote(self.model, self.config, core, self.receives_weights)
+        return ray.remote(EngineActor).options(**options).remote(self.model, self.config, number, self.receives_weights)
+
+
+def _result(answer: Any, died: str) -> Any:
+    """What an actor answers. Raises its own UserError or SpecmillError as it is, and SpecmillError for every other failure."""
+    try:
+        return ray.get(answer)
+    except RayTaskError as error:
+        if isinstance(error.cause, SpecmillError):
+            raise error.cause from None
+        raise SpecmillError(f"an engine failed: {_last_line(error)}") from error
+    except RayActorError as error:
+        raise SpecmillError(f"{died}: {_last_line(error)}") from error
 
 
 def _last_line(error: Exception) -> str:

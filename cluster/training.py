@@ -25,6 +25,15 @@ COLLECTIVE_SECONDS = 1800
 """How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
 
 
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+"""Lets glibc keep what tensors free. By default every large tensor is fresh memory of the kernel, which clears it page by page."""
+
+
 def run_workers(
     loop: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
@@ -52,7 +61,9 @@ def run_workers(
         loop(settings)
 
     # On a cluster that lives on the loopback interface the ranks must not look for each other anywhere else.
-    interface = {"GLOO_SOCKET_IFNAME": "lo"} if get_node_ip_address() == "127.0.0.1" else {}
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} if get_node_ip_address() == "127.0.0.1" else {}
+    if not gpus_per_rank:
+        environment |= KEEP_MEMORY
     trainer = _interruptible_trainer()(
         worker,
         train_loop_config=config,
@@ -69,7 +80,7 @@ def run_workers(
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": interface},
+            worker_runtime_env={"env_vars": environment},
         ),
     )
     try:
@@ -106,9 +117,13 @@ def resume(engine: "TrainingEngine") -> dict[str, Any] | None:
 
 
 def prepare_worker() -> None:
-    """Shares the node's cores among its ranks (Ray allows one thread each) and keeps libraries from narrating."""
+    """Shares the node's cores among its ranks (Ray allows one thread each) and keeps libraries from narrating.
+
+    Denormal numbers, which the tails of a softmax are full of, count as zero: a CPU multiplies them a hundred times slower.
+    """
     import torch
 
+    torch.set_flush_denormal(True)  # before torch starts its threads, which inherit it
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

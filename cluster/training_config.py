@@ -73,10 +73,10 @@ class TrainingConfig(BaseModel):
             "gradient_clipping": self.gradient_clipping,
             "bf16": {"enabled": self.dtype == "bfloat16"},
             "zero_optimization": {"stage": self.zero_stage, "overlap_comm": on_gpu and self.zero_stage >= 2},
-            # torch's AdamW on a CPU, because DeepSpeed's own would be compiled first; the fused one on a GPU.
+            # torch's AdamW: DeepSpeed's own would be compiled first, on a GPU by nvcc.
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": not on_gpu},
+                "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": True},
             },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,

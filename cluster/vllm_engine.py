@@ -11,8 +11,8 @@ from cluster.models import Model
 from cluster.weight_transfer import BACKEND
 
 
-def environment(config: EngineConfig, core: int | None) -> dict[str, str]:
-    """Environment of the process that holds an engine; `core` binds a CPU engine to one core.
+def environment(config: EngineConfig) -> dict[str, str]:
+    """Environment of the process that holds an engine.
 
     On CPU the engine core runs the model itself instead of a second process that it would poll, which on a small machine costs a core;
     that needs torch's OpenMP runtime preloaded and the thread count set from outside.
@@ -27,7 +27,6 @@ def environment(config: EngineConfig, core: int | None) -> dict[str, str]:
         variables |= {
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if core is None else str(core),
             "OMP_NUM_THREADS": "1",
         }
         runtime = _openmp()
@@ -61,6 +60,8 @@ class VllmEngine:
                 "block_size": 32,
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             }
+        else:
+            options["gpu_memory_utilization"] = config.gpu_memory_utilization
         if self.receives_weights:
             options["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
         self._engine = AsyncLLM.from_engine_args(

@@ -27,8 +27,8 @@ class RunConfig(Strict):
     version: Literal[1] = Field(1, title="Version", description="Version of the run file's format.")
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", title="Name", description="Names the dataset and the report.")
     root: str = Field("./out", title="Root", description="Where everything is written: a directory or an fsspec URL.")
-    policy: str = Field("../policies/base", title="Policy", description="Policy bundle, relative to the run file.")
-    prompts: str = Field("../prompts", title="Prompts", description="JSONL file or directory, relative to the run file.")
+    policy: str = Field("specs/policies/base", title="Policy", description="Policy bundle, relative to the run file that names it.")
+    prompts: str = Field("specs/prompts", title="Prompts", description="JSONL file or directory, relative to the file that names it.")
     generate: GenerateConfig = Field(GenerateConfig(), title="Generate")
     gates: GateConfig = Field(GateConfig(), title="Gates")
     judge: JudgeConfig = Field(JudgeConfig(), title="Judge")
@@ -63,7 +63,7 @@ class RunRequest(BaseModel):
 def load_run(request: RunRequest) -> RunConfig:
     """Reads the run file, applies the changes and checks everything. Raises UserError that names file and field."""
     path = Path(request.file)
-    content = _with_parent(path, read_yaml(path))
+    content = _with_parent(path, _located(path))
     for name, value in (
         ("root", request.root),
         ("generate.n", request.samples),
@@ -76,18 +76,43 @@ def load_run(request: RunRequest) -> RunConfig:
         name, equals, value = change.partition("=")
         if not equals or not name:
             raise UserError(f"--set {change!r}: expected field=value, for example `--set judge.k=5`.")
-        _set(content, name.strip(), yaml.safe_load(value))
+        try:
+            _set(content, name.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"--set {change!r}: the value is not YAML.") from None
     if "version" not in content:
         raise UserError(f"{path}: version: is missing; this format is `version: 1`.")
+    _name_evaluated_model(content)
     config = parse(RunConfig, content, path)
-    base = path.resolve().parent
     return config.model_copy(
         update={
-            "policy": os.path.normpath(base / config.policy),
-            "prompts": os.path.normpath(base / config.prompts),
+            "policy": os.path.abspath(config.policy),
+            "prompts": os.path.abspath(config.prompts),
             "root": config.root if "://" in config.root else os.path.abspath(config.root),
         }
     )
+
+
+def _located(path: Path) -> dict[str, Any]:
+    """The content of a run file, its policy and prompts taken from where the file lies."""
+    content = read_yaml(path)
+    for name in ("policy", "prompts"):
+        if isinstance(content.get(name), str):
+            content[name] = str(path.resolve().parent / os.path.expanduser(content[name]))
+    return content
+
+
+def _name_evaluated_model(content: dict[str, Any]) -> None:
+    """What is evaluated is the generator's model, so it need not be named twice."""
+    asked = content.get("generate")
+    served = asked.get("engine") if isinstance(asked, dict) else None
+    evaluated = content.setdefault("evaluate", {})
+    if isinstance(served, dict) and isinstance(evaluated, dict):
+        engine = evaluated.setdefault("engine", {})
+        if isinstance(engine, dict):
+            for name in ("model", "revision", "dtype"):
+                if name in served:
+                    engine.setdefault(name, served[name])
 
 
 def _with_parent(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +121,7 @@ def _with_parent(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         return content
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends: expected the path of one run file.")
-    inherited = read_yaml(path.parent / parent)
+    inherited = _located(path.parent / parent)
     if "extends" in inherited:
         raise UserError(f"{path}: extends: {parent} extends another file itself; one parent is allowed.")
     return _merge(inherited, content)

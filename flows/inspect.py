@@ -14,7 +14,7 @@ STAGES = ("completions", "judgements")
 
 def read_manifest(path: str) -> dict[str, Any]:
     """The manifest of a directory, or of the file itself. Raises UserError when there is none."""
-    place = path.removesuffix("/manifest.json")
+    place = path if Path(path).is_dir() or "://" in path else str(Path(path).parent)
     manifest = Store(place).read_json("manifest.json")
     if not isinstance(manifest, dict) or "kind" not in manifest:
         raise UserError(f"{path}: no manifest.json of Specmill here. Give a run, dataset, checkpoint or evaluation directory.")
@@ -45,7 +45,7 @@ def problems(path: str) -> tuple[list[str], int]:
     found: list[str] = []
     checked = 0
     if manifest is None:
-        for stage in STAGES:
+        for stage in [*STAGES, *(place.relative_to(root).as_posix() for place in sorted(root.glob("rollouts/*")))]:
             off, count = _ledger_problems(store, stage)
             found, checked = found + off, checked + count
         manifests = [*root.glob("datasets/*/*"), *root.glob("checkpoints/*"), *root.glob("evaluations/*"), *root.glob("runs/*")]

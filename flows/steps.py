@@ -1,13 +1,13 @@
 """The Prefect tasks of the flows, one per stage. They pass handles and keys, never rows; the ledgers, not Prefect, know what is done."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cluster.errors import UserError
 from cluster.models import weights_digest
 from cluster.pool import Pool
 from flows.workspace import Workspace
@@ -16,7 +16,7 @@ from tasks import complete, evaluate, judge, rl, sft
 from tasks.checkpoints import Checkpoint
 from tasks.dataset import Dataset, candidates, gather, publish
 from tasks.evaluate import Evaluation
-from tasks.keys import digest
+from tasks.keys import code_version, digest
 from tasks.progress import Progress, say
 from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
@@ -67,20 +67,21 @@ def select_step(run: Workspace) -> Dataset:
     """Selects rows and publishes the dataset version; stops with the funnel when too little is left."""
     config, store = run.config, run.store
     rows, dropped = _completions(run)
-    keys = {row["key"] for row in rows}
-    verdicts = [
-        row
-        for shard in Ledger(store, judge.STAGE).survey()[0]
-        for row in store.read_table(shard.path, ["completion_key", "run", "score", "judge_hash"]).to_pylist()
-        if row["completion_key"] in keys and row["judge_hash"] == run.judge_hash("full") and row["run"] < config.judge.k
-    ]
+    left = set(judge.wanted([row["key"] for row in rows], run.judge_hash("full"), config.judge.k))
+    verdicts = []
+    for shard in Ledger(store, judge.STAGE).survey()[0]:
+        for row in store.read_table(shard.path, ["key", "completion_key", "run", "score"]).to_pylist():
+            if row["key"] in left:
+                left.remove(row["key"])
+                verdicts.append(row)
     pool = candidates(rows, dropped, verdicts, config.judge.k)
     kept = select(pool, config.select)
     table = funnel(pool)
     require_kept(kept, table, config.select)
     prompts = {prompt.id: prompt for prompt in run.loaded.prompts}
     dataset = publish(store, config.name, rows, pool, prompts, run.splits, _provenance(run), table)
-    run.note("select", completions=len(pool), kept=len(kept), dropped=len(pool) - len(kept), categories=len(table))
+    categories = len({candidate.category for candidate in kept})
+    run.note("select", completions=len(pool), kept=len(kept), dropped=len(pool) - len(kept), categories=categories)
     return dataset
 
 
@@ -90,7 +91,6 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
     config, store, base = run.config.sft, run.store, run.base_model
     table = training_rows(store, dataset, run.loaded.capability, complete.chat_of(base.path), config)
     recipe = {
-        "dataset": f"{dataset.name}@{dataset.version}",
         "rows": digest(table.to_pylist()),
         "base": [base.id, base.revision],
         "config": config.model_dump(exclude=sft.UNIMPORTANT),
@@ -104,7 +104,8 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
         say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
         with Progress("sft", "steps") as progress:
             metrics = sft.train_sft(store.path(shard.path), base.path, str(path / "model"), config, progress)
-        found = ckpt.finish(store, id, "sft", recipe, metrics)
+        origin = {"dataset": f"{dataset.name}@{dataset.version}", "code": code_version()}
+        found = ckpt.finish(store, id, "sft", recipe | origin, metrics)
         shutil.rmtree(path / ".training", ignore_errors=True)
     run.note("sft", rows=table.num_rows, reused=int(found.reused), trained=int(not found.reused))
     return found
@@ -115,11 +116,6 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
     """Reinforcement learning from the SFT checkpoint, rewarded by the judge that never sees the thought."""
     config, store = run.config, run.store
     prompts = run.split("rl")
-    if len(prompts) < config.rl.prompts_per_step:
-        raise UserError(
-            f"rl.prompts_per_step: {config.rl.prompts_per_step} prompts are wanted, the RL split has {len(prompts)}. "
-            "Lower it, or add scenario groups."
-        )
     recipe = {
         "start": start.weights,
         "prompts": digest([prompt.model_dump() for prompt in prompts]),
@@ -148,11 +144,12 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
             judge=run.judge.fleet(),
             judge_model=run.judge.model,
             judge_config=config.judge,
+            sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
         )
         say(f"  starting {config.rl.ranks} x DeepSpeed ZeRO-{config.rl.training.zero_stage}")
         with Progress("rl", "steps") as progress:
             metrics = rl.train_rl(job, str(path), progress)
-        found = ckpt.finish(store, id, "rl", recipe, metrics)
+        found = ckpt.finish(store, id, "rl", recipe | {"code": code_version()}, metrics)
         (path / "weights.safetensors").unlink(missing_ok=True)
         shutil.rmtree(path / "train", ignore_errors=True)
     run.note("rl", steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
@@ -197,13 +194,14 @@ def report_step(run: Workspace, dataset: Dataset, checkpoints: list[Checkpoint],
         "checkpoints": [f"checkpoints/{checkpoint.id}" for checkpoint in checkpoints],
         "evaluations": [f"evaluations/{evaluation.id}" for evaluation in evaluations],
         "stages": run.notes,
-        "provenance": _provenance(run),
+        "quarantined": [asdict(row) for row in run.loaded.quarantined],
+        "provenance": _provenance(run) | {"parameters": run.config.parameters()},
     }
     return write_report(run.store, manifest, dataset, checkpoints, evaluations)
 
 
 def _completions(run: Workspace) -> tuple[list[dict[str, Any]], dict[bytes, str]]:
-    wanted = set(complete.wanted(run.split("sft"), run.requests, run.config.generate.n))
+    wanted = complete.wanted(run.split("sft"), run.requests, run.config.generate.n)
     shards = Ledger(run.store, complete.STAGE).survey()[0]
     return gather(run.store, shards, wanted, run.policy, run.specs, run.config.gates)
 
@@ -223,15 +221,14 @@ def _judgement_shards(run: Workspace, passed: list[dict[str, Any]], missing: dic
             run.judge_hash("full"),
             run.specs[rows[0]["category"]],
             source,
-            {row["prompt_id"]: prompts[row["prompt_id"]] for row in rows},
-            {row["key"]: tuple(missing[row["key"]]) for row in rows},
+            {row["key"]: (prompts[row["prompt_id"]], tuple(missing[row["key"]])) for row in rows},
         )
         for source, rows in by_source.items()
     ]
 
 
 def _provenance(run: Workspace) -> dict[str, Any]:
-    config = run.config
+    config, parameters = run.config, run.config.parameters()
     return {
         "policy": {"id": run.policy.bundle.id, "hash": digest({name: spec.hash for name, spec in run.specs.items()})},
         "prompts": {
@@ -242,7 +239,8 @@ def _provenance(run: Workspace) -> dict[str, Any]:
         },
         "generator": {"id": run.generator.model.id, "revision": run.generator.model.revision},
         "judge": {"id": run.judge.model.id, "revision": run.judge.model.revision, "k": config.judge.k},
-        "parameters": config.parameters(),
+        "parameters": {name: parameters[name] for name in ("generate", "gates", "judge", "select")},
+        "code": code_version(),
     }
 
 

@@ -11,8 +11,9 @@ from cluster.models import Model
 from cluster.pool import Pool
 from cluster.session import ray_session
 from flows.config import RunConfig, RunRequest, load_run
-from tasks.checkpoints import Checkpoint
+from tasks.checkpoints import Checkpoint, directory
 from tasks.complete import Request, chat_of, requests
+from tasks.compose import plain_turns
 from tasks.dataset import Dataset
 from tasks.judge import judge_hash
 from tasks.keys import digest
@@ -122,8 +123,36 @@ def prepare(request: RunRequest) -> Workspace:
     for pool in (generator, judge, policy_engine):
         pool.check_memory()
     workspace = Workspace(config, policy, loaded, store, generator, judge, policy_engine)
-    workspace.requests  # noqa: B018  (built now, since a grammar that does not fit is the user's mistake too)
+    _check(workspace)
     return workspace
+
+
+def _check(run: Workspace) -> None:
+    """What would otherwise be found out hours later. Raises UserError."""
+    config = run.config
+    run.requests  # noqa: B018  (raises when a grammar or a policy does not fit)
+    directory(run.store, "")
+    for category in config.select.category_threshold:
+        if category not in run.policy.categories:
+            raise UserError(f"select.category_threshold: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
+    few = "Lower it, or add scenario groups: of every eight of a category four go to SFT, two to RL, two to evaluation."
+    if len(run.split("rl")) < config.rl.prompts_per_step:
+        wanted = config.rl.prompts_per_step
+        raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {len(run.split('rl'))}. {few}")
+    splits: tuple[Split, ...] = ("sft", "eval")
+    for split in splits:
+        if not run.split(split):
+            raise UserError(f"{config.prompts}: not one scenario group falls to the split {split!r}. Add scenario groups.")
+    chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
+    limits: dict[Split, int] = {"rl": config.rl.max_tokens, "eval": config.evaluate.max_tokens}
+    for split, limit in limits.items():
+        for prompt in run.split(split):
+            length = len(chat.prompt(plain_turns(prompt.messages)))
+            if length + limit > context:
+                raise UserError(
+                    f"evaluate.engine.max_model_len: prompt {prompt.id!r} of the {split} split has {length} tokens, which with {limit} to "
+                    f"draw exceed {context}. Raise it, or take the prompt out."
+                )
 
 
 def _open(request: RunRequest, stack: ExitStack) -> Workspace:

@@ -32,15 +32,17 @@ class Row:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows laid end to end, T tokens. Everything is aligned to the position that predicts: position t predicts `targets[t]`.
+    """Rows laid end to end: T tokens, of which L are learnt.
 
-    input_ids, position_ids, targets: int64 [T]; position ids restart at 0 with every row.
-    mask: float32 [T], the loss weight of each prediction; 0 on the prompt, on a row's last position and in a dummy.
-    values: float32 [T] each, 0 wherever the mask is 0.
+    input_ids, position_ids: int64 [T]; position ids restart at 0 with every row.
+    learnt: int64 [L], the positions that predict a learnt token; only their logits are computed.
+    targets: int64 [L], the tokens that they predict. values: float32 [L] each.
+    mask: float32 [L], the loss weight of each prediction: 1, and 0 in a dummy.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    learnt: Tensor
     targets: Tensor
     mask: Tensor
     values: Mapping[str, Tensor]
@@ -50,6 +52,7 @@ class MicroBatch:
         return MicroBatch(
             self.input_ids.to(device),
             self.position_ids.to(device),
+            self.learnt.to(device),
             self.targets.to(device),
             self.mask.to(device),
             {name: value.to(device) for name, value in self.values.items()},
@@ -88,10 +91,7 @@ def micro_batches(rows: Sequence[Row], token_budget: int, rank: int, ranks: int)
 
 def pack(rows: Sequence[Row]) -> MicroBatch:
     """Lays rows end to end. Raises UserError for a row without a prompt token or without a learnt token."""
-    total = sum(len(row.input_ids) for row in rows)
-    input_ids, position_ids, targets = (torch.zeros(total, dtype=torch.int64) for _ in range(3))
-    mask = torch.zeros(total)
-    values = {name: torch.zeros(total) for name in rows[0].values}
+    learnt: list[int] = []
     start = 0
     for row in rows:
         length = len(row.input_ids)
@@ -100,22 +100,21 @@ def pack(rows: Sequence[Row]) -> MicroBatch:
                 f"a training row has {length} tokens and prompt_length {row.prompt_length}; it needs at least one prompt "
                 "token and one token to learn. Remove such rows from the dataset."
             )
-        ids = torch.tensor(row.input_ids, dtype=torch.int64)
-        input_ids[start : start + length] = ids
-        position_ids[start : start + length] = torch.arange(length)
-        targets[start : start + length - 1] = ids[1:]
-        learnt = slice(start + row.prompt_length - 1, start + length - 1)
-        mask[learnt] = 1.0
-        for name, value in row.values.items():
-            values[name][learnt] = torch.tensor(value, dtype=torch.float32)
+        if any(len(values) != length - row.prompt_length for values in row.values.values()):
+            raise ValueError("a row's values have to be as many as its learnt tokens")
+        learnt += range(start + row.prompt_length - 1, start + length - 1)
         start += length
-    return MicroBatch(input_ids, position_ids, targets, mask, values)
+    input_ids = torch.tensor([token for row in rows for token in row.input_ids])
+    position_ids = torch.cat([torch.arange(len(row.input_ids)) for row in rows])
+    positions = torch.tensor(learnt)
+    values = {name: torch.tensor([value for row in rows for value in row.values[name]], dtype=torch.float32) for name in rows[0].values}
+    return MicroBatch(input_ids, position_ids, positions, input_ids[positions + 1], torch.ones(len(learnt)), values)
 
 
 def dummy(value_names: Sequence[str]) -> MicroBatch:
-    """Two tokens of weight zero: a rank without rows still runs the forward and backward pass that its peers wait in."""
-    ids = torch.zeros(2, dtype=torch.int64)
-    return MicroBatch(ids, torch.arange(2), ids, torch.zeros(2), {name: torch.zeros(2) for name in value_names})
+    """A prediction of weight zero: a rank without rows still runs the forward and backward pass that its peers wait in."""
+    ids, one = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return MicroBatch(ids, torch.arange(2), one, one, torch.zeros(1), {name: torch.zeros(1) for name in value_names})
 
 
 @lru_cache(maxsize=2)

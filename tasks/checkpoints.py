@@ -44,9 +44,9 @@ def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics
     path = directory(store, id)
     files: list[dict[str, Any]] = []
     for file in sorted((path / "model").iterdir()):
-        content = file.read_bytes()
-        name = file.relative_to(path).as_posix()
-        files.append({"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        files.append({"path": file.relative_to(path).as_posix(), "bytes": file.stat().st_size, "sha256": sha256})
     weights = hashlib.sha256(json.dumps([f for f in files if f["path"].endswith(".safetensors")]).encode()).hexdigest()
     manifest = {
         "version": 1,

@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -14,19 +14,19 @@ from pydantic import Field
 
 from cluster.chat import Chat
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
-from cluster.errors import UserError
+from cluster.errors import SpecmillError, UserError
 from cluster.models import Model
 from cluster.pool import Pool
 from tasks import tables, thoughts
-from tasks.compose import TEMPLATE_HASH, Placement, generator_turns
+from tasks.compose import TEMPLATE_HASH, Placement, generator_turns, plain_turns
 from tasks.keys import completion_key, digest, request_prefix
 from tasks.policy import Policy, Spec, render
+from tasks.progress import Progress
 from tasks.prompts import Message, Prompt, prompt_hash
 from tasks.store import Ledger, Shard, Store
 from tasks.validation import Strict
 
 STAGE = "completions"
-Progress = Callable[[int, int], None]
 
 
 class GenerateConfig(Strict):
@@ -41,9 +41,9 @@ class GenerateConfig(Strict):
     thought_format: Literal["guided", "native"] = Field(
         "guided", title="Thought format", description="`guided`: held by a grammar. `native`: the model's own reasoning format."
     )
-    thought_characters: int = Field(400, ge=40, title="Thought length", description="Longest guided thought, in characters.")
-    answer_characters: int = Field(800, ge=40, title="Answer length", description="Longest guided answer, in characters.")
-    max_tokens: int = Field(4096, ge=16, title="Completion length", description="Longest completion, in tokens.")
+    thought_characters: int = Field(600, ge=40, title="Thought length", description="Longest guided thought, in characters.")
+    answer_characters: int = Field(600, ge=40, title="Answer length", description="Longest guided answer, in characters.")
+    max_tokens: int = Field(5120, ge=16, title="Completion length", description="Longest completion, in tokens.")
     shard_prompts: int = Field(8, ge=1, title="Prompts per shard", description="How work is cut; changes no key.")
 
 
@@ -75,11 +75,14 @@ def chat_of(path: str) -> Chat:
 
 
 def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, Request]:
-    """Category -> what its prompts are asked. Raises UserError when the grammar's longest output does not fit `max_tokens`."""
+    """Category -> what its prompts are asked.
+
+    Raises UserError when the grammar's longest output does not fit `max_tokens`, or spec and completion not the engine's context.
+    """
     chat = chat_of(model.path)
     held = None
     if config.thought_format == "guided":
-        held = thoughts.grammar(policy, config.thought_characters, config.answer_characters)
+        held = thoughts.grammar(policy, config.thought_characters, config.answer_characters, _begins_in_thought(chat))
         longest = thoughts.longest_output(policy, config.thought_characters, config.answer_characters)
         if longest > config.max_tokens:
             raise UserError(
@@ -87,12 +90,20 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
                 "raise it, or lower thought_characters or answer_characters."
             )
     template = digest([chat.hash, TEMPLATE_HASH, config.placement, thoughts.FORMAT_VERSION, held])
-    sampling = {"temperature": config.temperature, "seed": config.seed, "max_tokens": config.max_tokens}
+    # The context is no detail of serving: a completion that it cuts short, or a prompt that it has no room for, is another result.
+    context = config.engine.max_model_len
+    sampling = {"temperature": config.temperature, "seed": config.seed, "max_tokens": config.max_tokens, "context": context}
     found = {}
     for category in policy.categories:
         spec = render(policy, category, config.render_mode)
         prefix = request_prefix(spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling)
         found[category] = Request(spec, prefix, held)
+        empty = len(chat.prompt(generator_turns(spec, (Message(role="user", content="?"),), config.placement)))
+        if empty + config.max_tokens > context:
+            raise UserError(
+                f"generate.engine.max_model_len: {context} tokens have no room for the policy of {category} ({empty} tokens with the "
+                f"instructions) and generate.max_tokens ({config.max_tokens}). Raise it, or lower max_tokens."
+            )
     return found
 
 
@@ -131,14 +142,16 @@ async def complete_shard(engine: Engine, shard: CompletionShard) -> Shard:
     chat = chat_of(shard.model.path)
     jobs = []
     for prompt, samples in zip(shard.prompts, shard.samples, strict=True):
-        ids = chat.prompt(generator_turns(shard.request.spec, prompt.messages, shard.config.placement))
-        jobs += [_draw(engine, shard, prompt, sample, ids, chat) for sample in samples]
+        jobs += [_draw(engine, shard, prompt, sample, chat) for sample in samples]
     rows = await asyncio.gather(*jobs)
     return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(list(rows), schema=tables.COMPLETIONS))
 
 
 def complete(pool: Pool, ledger: Ledger, shards: list[CompletionShard], lost: list[str], progress: Progress) -> None:
-    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry."""
+    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry.
+
+    Raises SpecmillError unless every row that was asked for is committed or quarantined.
+    """
     total = sum(len(samples) for shard in shards for samples in shard.samples)
     done = 0
     if lost:
@@ -147,9 +160,11 @@ def complete(pool: Pool, ledger: Ledger, shards: list[CompletionShard], lost: li
         ledger.commit([receipt])
         done += receipt.rows
         progress(done, total)
+    if done != total:
+        raise SpecmillError(f"{STAGE}: {total} rows were asked for, {done} were written")
 
 
-async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: int, ids: list[int], chat: Chat) -> dict:
+async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: int, chat: Chat) -> dict:
     config, name = shard.config, prompt_hash(prompt.messages)
     seed = seed_of(config.seed, name, sample)
     row = {
@@ -164,18 +179,17 @@ async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: 
         "generator": shard.model.id,
         "generator_revision": shard.model.revision,
     }
-    limit = min(config.max_tokens, config.engine.max_model_len - len(ids))
     try:
-        if limit < 1:
-            raise ValueError(f"prompt of {len(ids)} tokens does not fit max_model_len {config.engine.max_model_len}")
-        drawn = await engine.complete(ids, Sampling(config.temperature, limit, seed, grammar=shard.request.grammar))
-    except ValueError as error:
+        ids = chat.prompt(generator_turns(shard.request.spec, prompt.messages, config.placement))
+        require_room(len(ids), config.max_tokens, config.engine)
+        drawn = await engine.complete(ids, Sampling(config.temperature, config.max_tokens, seed, grammar=shard.request.grammar))
+    except (ValueError, UserError) as error:
         return row | {"quarantined": f"engine refused the request: {error}"}
-    return row | _outcome(drawn, chat)
+    return row | _outcome(drawn, chat, thoughts.opened(ids, chat))
 
 
-def _outcome(drawn: Completion, chat: Chat) -> dict:
-    parts = thoughts.split(drawn.token_ids, chat)
+def _outcome(drawn: Completion, chat: Chat, opened: bool) -> dict:
+    parts = thoughts.split(drawn.token_ids, chat, opened)
     good = isinstance(parts, thoughts.Parts)
     return {
         "token_ids": drawn.token_ids,
@@ -188,11 +202,16 @@ def _outcome(drawn: Completion, chat: Chat) -> dict:
     }
 
 
+def _begins_in_thought(chat: Chat) -> bool:
+    return thoughts.opened(chat.prompt(plain_turns((Message(role="user", content="?"),))), chat)
+
+
+def require_room(prompt_tokens: int, max_tokens: int, engine: EngineConfig) -> None:
+    """Raises ValueError when a request does not fit the engine's context; a shorter completion would be another one."""
+    if prompt_tokens + max_tokens > engine.max_model_len:
+        raise ValueError(f"prompt of {prompt_tokens} tokens and {max_tokens} to draw exceed max_model_len {engine.max_model_len}")
+
+
 def seed_of(base: int, name: str, number: int) -> int:
     """Seed of draw `number` on the thing whose hash is `name`: a base of its own per prompt, so that prompts are not correlated."""
     return (base + int(name[:7], 16) + number) % 2**31
-
-
-def messages_of(value: Iterable[dict[str, str]]) -> tuple[Message, ...]:
-    """Messages as they come out of a Parquet column."""
-    return tuple(Message.model_validate(dict(turn)) for turn in value)

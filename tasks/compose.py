@@ -12,7 +12,7 @@ from typing import Literal
 
 from cluster.chat import Turn
 from tasks.keys import digest
-from tasks.policy import Spec, Verdict
+from tasks.policy import VERDICTS, Spec, Verdict
 from tasks.prompts import Message
 
 Placement = Literal["system", "user"]
@@ -65,10 +65,6 @@ class BlindCase:
     ideal_verdict: Verdict | None = None
 
 
-TEMPLATE_HASH = digest([_FRAME, _ASK, _INSTRUCTIONS])
-JUDGE_TEMPLATE_HASH = digest([_JUDGE_FRAME, _RUBRIC, _HELPFULNESS])
-
-
 def generator_turns(spec: Spec, messages: Iterable[Message], placement: Placement) -> list[Turn]:
     """The generator's request. `system`: spec first, so that a category shares a prefix; `user`: one message, the paper's order."""
     turns = [Turn(role=message.role, content=message.content) for message in messages]
@@ -98,3 +94,15 @@ def judge_turns(spec: Spec, case: FullCase | BlindCase, order: tuple[str, ...]) 
     material["answer"] = case.answer
     ask = f"{json.dumps(material, ensure_ascii=False)}{hint}\nAnswer with a JSON list of grades in this order: {', '.join(order)}."
     return [Turn(role="system", content=system), Turn(role="user", content=ask)]
+
+
+_SPEC, _TALK = Spec("<spec>", ""), (Message(role="user", content="<request>"),)
+_CASES: tuple[FullCase | BlindCase, ...] = (
+    FullCase(_TALK, "<thought>", "<answer>"),
+    *(BlindCase(_TALK, "<answer>", verdict) for verdict in (*VERDICTS, None)),
+)
+_PLACEMENTS: tuple[Placement, ...] = ("system", "user")
+TEMPLATE_HASH = digest([generator_turns(_SPEC, _TALK, placement) for placement in _PLACEMENTS])
+"""Identity of the generator's requests: of their whole text, around placeholders."""
+JUDGE_TEMPLATE_HASH = digest([judge_turns(_SPEC, case, SUBSCORES_FULL) for case in _CASES])
+"""Identity of the judge's requests, likewise."""

@@ -1,6 +1,6 @@
 """A dataset version: plain Parquet, a manifest that says what is in it and where it came from, and a card.
 
-The training view carries no spec. A version exists when its manifest exists; its id is the hash of what it holds.
+The training view carries no spec. A version exists when its manifest exists; its id is the hash of its rows and of where they came from.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.errors import SpecmillError
 from tasks import tables
 from tasks.gates import GateConfig, gate, spec_ngrams
 from tasks.keys import digest
@@ -42,23 +43,33 @@ class Dataset:
 
 
 def gather(
-    store: Store, shards: Iterable[Shard], wanted: set[bytes], policy: Policy, specs: dict[str, Spec], config: GateConfig
+    store: Store,
+    shards: Iterable[Shard],
+    wanted: dict[bytes, tuple[Prompt, int]],
+    policy: Policy,
+    specs: dict[str, Spec],
+    config: GateConfig,
 ) -> tuple[list[dict[str, Any]], dict[bytes, str]]:
     """Reads the wanted completions and passes them through the gates.
 
-    Returns rows with `source` (their shard) and the drop reason of every row that a gate stops; a quarantined row's is `quarantined`.
+    Returns rows with `source` (their shard) and the id that their prompt has now, and the drop reason of every row that a gate stops;
+    a quarantined row's is `quarantined`. Raises SpecmillError when a wanted row is not there.
     """
     copied = {category: spec_ngrams(spec, config.max_copied_words + 1) for category, spec in specs.items()}
     rows, dropped = [], {}
+    left = set(wanted)
     for shard in shards:
         for row in store.read_table(shard.path).to_pylist():
-            if row["key"] not in wanted:
+            if row["key"] not in left:
                 continue
-            row["source"] = shard.path
+            left.remove(row["key"])
+            row |= {"source": shard.path, "prompt_id": wanted[row["key"]][0].id}
             rows.append(row)
             reason = "quarantined" if row["quarantined"] else gate(row, policy, copied[row["category"]], config)
             if reason:
                 dropped[row["key"]] = reason
+    if left:
+        raise SpecmillError(f"completions: {len(wanted)} rows are wanted, {len(left)} of them are in no shard")
     return rows, dropped
 
 
@@ -102,14 +113,14 @@ def publish(
     """Writes a dataset version, manifest last; finds it again when the same rows were published before."""
     by_key = {row["key"]: row for row in rows}
     kept = sorted((c for c in pool if c.drop_reason is None), key=lambda c: (c.prompt_id, c.sample))
-    content = {"kept": [[c.key.hex(), *c.scores] for c in kept], "funnel": funnel}
-    version = digest(content)[:12]
-    path = f"datasets/{name}/{version}"
-    known = store.read_json(f"{path}/manifest.json")
-    if known:
-        return Dataset(name, version, path, known, reused=True)
     train = [_training_row(by_key[c.key], prompts[c.prompt_id]) for c in kept]
     audit = [_audit_row(c, by_key[c.key], prompts[c.prompt_id], splits, provenance) for c in pool]
+    named = [row | {"key": row["key"].hex()} for row in audit]
+    version = digest([train, named, {key: value for key, value in provenance.items() if key != "code"}])[:12]
+    path = f"datasets/{name}/{version}"
+    known = store.read_json(f"{path}/manifest.json")
+    if known and all(store.exists(f"{path}/{file['path']}") for file in known["files"]):
+        return Dataset(name, version, path, known, reused=True)
     files = []
     for folder, table in (
         ("data", pa.Table.from_pylist(train, schema=tables.TRAINING_VIEW)),
@@ -129,7 +140,7 @@ def publish(
         "provenance": provenance,
     }
     store.replace(f"{path}/README.md", _card(manifest, kept, prompts).encode())
-    store.put(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+    store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     return Dataset(name, version, path, manifest, reused=False)
 
 

@@ -16,8 +16,14 @@ REFUSAL_WORDS = 40
 
 _WORD = re.compile(r"[\w']+")
 _APOLOGY = re.compile(r"\b(sorry|apologi[sz]e|regret|unfortunately)\b", re.IGNORECASE)
-_INABILITY = re.compile(
-    r"\b(can't|cannot|can not|won't|will not|unable|not able|not going to|must decline|have to decline)\b", re.IGNORECASE
+_UNABLE = (
+    r"(can't|cannot|can not|won't|will not|am unable|'m unable|am not able|'m not able|am not going|'m not going|must decline|"
+    r"have to decline)"
+)
+_INABILITY = re.compile(rf"\b{_UNABLE}\b", re.IGNORECASE)
+_REFUSES_TO = re.compile(
+    rf"\bI\b ?{_UNABLE}\b.{{0,20}}\b(assist|help|provide|share|give|do|support|answer|write|create|discuss|engage|fulfil|comply|continue)",
+    re.IGNORECASE,
 )
 _DANGLING = re.compile(
     r"\b(polic(y|ies)|guidelines?|rules?|clauses?|spec(ification)?)\s+(\w+\s+){0,2}(above|below|provided|given|attached|in the prompt|"
@@ -35,9 +41,12 @@ class GateConfig(Strict):
 
 
 def answer_kind(answer: str) -> AnswerKind:
-    """Whether an answer is a refusal: short, an apology and an inability."""
-    short = len(_WORD.findall(answer)) <= REFUSAL_WORDS
-    return "refusal" if short and _APOLOGY.search(answer) and _INABILITY.search(answer) else "answer"
+    """Whether an English answer is a refusal: short, with an inability, and either an apology or what the assistant will not do."""
+    text = answer.replace("\u2019", "'")
+    if len(_WORD.findall(text)) > REFUSAL_WORDS:
+        return "answer"
+    apologises = _APOLOGY.search(text) and _INABILITY.search(text)
+    return "refusal" if apologises or _REFUSES_TO.search(text) else "answer"
 
 
 def spec_ngrams(spec: Spec, size: int) -> frozenset[tuple[str, ...]]:
@@ -58,12 +67,12 @@ def gate(row: Mapping[str, object], policy: Policy, copied: frozenset[tuple[str,
         return "empty_answer"
     if any(gram in copied for gram in _ngrams(f"{thought}\n{answer}", config.max_copied_words + 1)):
         return "copied_spec"
-    if _DANGLING.search(f"{thought}\n{answer}"):
+    if _DANGLING.search(thought):
         return "dangling_reference"
     clauses = cited_clauses(thought)
     if not clauses:
         return "no_clause_cited"
-    if any(name not in policy.clauses for name in clauses):
+    if any(name not in policy.clauses and name not in policy.principles for name in clauses):
         return "unknown_clause"
     verdict = cited_verdict(thought)
     if verdict is None:

@@ -15,19 +15,23 @@ from pydantic import Field
 
 from cluster.chat import Chat
 from cluster.engine import Engine, EngineConfig, Sampling
+from cluster.errors import SpecmillError
 from cluster.models import Model
 from cluster.pool import Pool
 from tasks import tables
-from tasks.complete import Progress, chat_of, messages_of, seed_of
+from tasks.complete import chat_of, require_room, seed_of
 from tasks.compose import JUDGE_TEMPLATE_HASH, SUBSCORES_BLIND, SUBSCORES_FULL, BlindCase, FullCase, judge_turns
 from tasks.keys import digest, judgement_key
 from tasks.policy import Spec
+from tasks.progress import Progress
 from tasks.prompts import Prompt
 from tasks.store import Ledger, Shard, Store
 from tasks.validation import Strict
 
 STAGE = "judgements"
 LOWEST, HIGHEST = 1, 5
+RETRY_SEEDS = 1000
+"""How far apart the seeds of a run's attempts are; more than there are runs."""
 
 
 class JudgeConfig(Strict):
@@ -42,11 +46,10 @@ class JudgeConfig(Strict):
 
 @dataclass(frozen=True)
 class Verdict:
-    """One judge run. `scores` is None when no attempt could be parsed; `raw` is the last attempt's text."""
+    """One judge run. `scores` is None when no attempt could be parsed; `raw` holds the text of every attempt, `seed` is the first's."""
 
     scores: dict[str, int] | None
-    raw: str
-    attempts: int
+    raw: tuple[str, ...]
     seed: int
 
     @property
@@ -57,7 +60,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgementShard:
-    """A unit of work: completions of one shard and the run numbers wanted of each."""
+    """A unit of work: completions of one shard; `runs` says which to judge, as answers to which prompt, and the run numbers."""
 
     root: str
     model: Model
@@ -65,31 +68,36 @@ class JudgementShard:
     judge_hash: str
     spec: Spec
     source: str
-    prompts: dict[str, Prompt]
-    runs: dict[bytes, tuple[int, ...]]
+    runs: dict[bytes, tuple[Prompt, tuple[int, ...]]]
 
 
 def judge_hash(model: Model, config: JudgeConfig, chat: Chat, view: str) -> str:
     """Digest of everything that makes a judge's verdict, beside the material: model, revision, template, sampling, view."""
-    sampling = {"temperature": config.temperature, "seed": config.seed, "attempts": config.attempts}
+    context = config.engine.max_model_len
+    sampling = {"temperature": config.temperature, "seed": config.seed, "attempts": config.attempts, "context": context}
     return digest([model.id, model.revision, chat.hash, JUDGE_TEMPLATE_HASH, sampling, view])
 
 
 async def judge(engine: Engine, chat: Chat, spec: Spec, case: FullCase | BlindCase, config: JudgeConfig, name: str, run: int) -> Verdict:
-    """One run of the judge on one case. The order of the sub-scores rotates with the run, against position bias."""
+    """One run of the judge on one case; `name`, a hexadecimal hash, and the run give the seed.
+
+    The order of the sub-scores rotates with the run, against position bias. Raises ValueError when the case has no room in the context.
+    """
     subscores = SUBSCORES_FULL if isinstance(case, FullCase) else SUBSCORES_BLIND
     shift = run % len(subscores)
     order = subscores[shift:] + subscores[:shift]
     ids = chat.prompt(judge_turns(spec, case, order))
-    raw, seed = "", 0
+    length = 4 * len(order) + 4
+    require_room(len(ids), length, config.engine)
+    raw: list[str] = []
     for attempt in range(config.attempts):
-        seed = seed_of(config.seed, name, run + 1000 * attempt)
-        sampling = Sampling(config.temperature, 4 * len(order) + 4, seed, json_schema=_schema(len(order)))
-        raw = chat.decode((await engine.complete(ids, sampling)).token_ids)
-        scores = parse_scores(raw, order)
+        seed = seed_of(config.seed, name, run + RETRY_SEEDS * attempt)
+        sampling = Sampling(config.temperature, length, seed, json_schema=_schema(len(order)))
+        raw.append(chat.decode((await engine.complete(ids, sampling)).token_ids))
+        scores = parse_scores(raw[-1], order)
         if scores:
-            return Verdict(scores, raw, attempt + 1, seed)
-    return Verdict(None, raw, config.attempts, seed)
+            break
+    return Verdict(scores, tuple(raw), seed_of(config.seed, name, run))
 
 
 def parse_scores(raw: str, order: tuple[str, ...]) -> dict[str, int] | None:
@@ -116,15 +124,19 @@ async def judge_shard(engine: Engine, shard: JudgementShard) -> Shard:
     chat = chat_of(shard.model.path)
     jobs = []
     for row in store.read_table(shard.source).to_pylist():
-        for run in shard.runs.get(row["key"], ()):
-            jobs.append(_judge_row(engine, chat, shard, row, run))
+        if row["key"] in shard.runs:
+            prompt, runs = shard.runs[row["key"]]
+            jobs += [_judge_row(engine, chat, shard, prompt, row, run) for run in runs]
     rows = await asyncio.gather(*jobs)
     return store.put_table(f"{STAGE}/shards", pa.Table.from_pylist(list(rows), schema=tables.JUDGEMENTS))
 
 
 def judge_all(pool: Pool, ledger: Ledger, shards: list[JudgementShard], lost: list[str], progress: Progress) -> None:
-    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry."""
-    total = sum(len(runs) for shard in shards for runs in shard.runs.values())
+    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry.
+
+    Raises SpecmillError unless every run that was asked for is committed or quarantined.
+    """
+    total = sum(len(runs) for shard in shards for _, runs in shard.runs.values())
     done = 0
     if lost:
         ledger.commit([], lost)
@@ -132,15 +144,16 @@ def judge_all(pool: Pool, ledger: Ledger, shards: list[JudgementShard], lost: li
         ledger.commit([receipt])
         done += receipt.rows
         progress(done, total)
+    if done != total:
+        raise SpecmillError(f"{STAGE}: {total} rows were asked for, {done} were written")
 
 
-async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, row: dict[str, Any], run: int) -> dict[str, Any]:
-    prompt = shard.prompts[row["prompt_id"]]
-    case = FullCase(messages_of(message.model_dump() for message in prompt.messages), row["thought"], row["answer"])
+async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, prompt: Prompt, row: dict[str, Any], run: int) -> dict[str, Any]:
+    case = FullCase(prompt.messages, row["thought"], row["answer"])
     result = {
         "key": judgement_key(row["key"], shard.judge_hash, run),
         "completion_key": row["key"],
-        "prompt_id": row["prompt_id"],
+        "prompt_id": prompt.id,
         "category": row["category"],
         "run": run,
         "view": "full",
@@ -153,9 +166,9 @@ async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, row: dic
         verdict = await judge(engine, chat, shard.spec, case, shard.config, row["key"].hex(), run)
     except ValueError as error:
         return result | {"seed": 0, "quarantined": f"engine refused the request: {error}"}
-    result |= {"seed": verdict.seed, "raw": verdict.raw, "attempts": verdict.attempts}
+    result |= {"seed": verdict.seed, "raw": list(verdict.raw)}
     if verdict.scores is None:
-        return result | {"quarantined": f"verdict not parsable after {verdict.attempts} attempts"}
+        return result | {"quarantined": f"verdict not parsable after {len(verdict.raw)} attempts"}
     return result | verdict.scores | {"score": verdict.score}
 
 

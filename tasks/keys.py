@@ -5,7 +5,10 @@ dtype, engine version and endpoint URL (where it ran is recorded with the row, b
 """
 
 import hashlib
+import importlib.metadata
 import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 KEY_VERSION = 1
@@ -40,3 +43,12 @@ def completion_key(prefix: str, prompt: str, sample: int) -> bytes:
 def judgement_key(completion: bytes, judge: str, run: int) -> bytes:
     """The key of judge run number `run` on a completion (`judge`: digest of everything that makes the judge's verdict)."""
     return hashlib.sha256(completion + f"/{judge}/{run}".encode()).digest()[:KEY_BYTES]
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """What made something: the version of the distribution, and a hash of the sources that ran."""
+    sources = Path(__file__).resolve().parent.parent
+    files = sorted(file for room in ("cluster", "tasks", "flows") for file in (sources / room).glob("*.py"))
+    content = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+    return {"specmill": importlib.metadata.version("specmill"), "sources": content[:16]}

@@ -60,7 +60,7 @@ def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Advantages:
     """Advantages of k samples of the same prompt: rewards float [groups, k], NaN = not scored (it gets advantage 0).
 
     grpo: (r - mean) / std with the sample standard deviation (DeepSeekMath, arXiv 2402.03300, section 4.1).
-    dr_grpo: r - mean (arXiv 2503.20783, section 3). rloo: r - mean of the others (arXiv 2402.14740, equation 8).
+    dr_grpo: r - mean (arXiv 2503.20783, section 3). rloo: r - mean of the others (arXiv 2402.14740).
     A group with no spread, or with fewer than two scores, gets 0 and is reported; nothing is divided by an epsilon.
     """
     scored = ~rewards.isnan()
@@ -116,7 +116,7 @@ def reference_kl(logp: Tensor, old_logp: Tensor, reference_logp: Tensor, mask: T
     """Ratio-weighted k3 estimate of KL(pi || reference), all float [T]: r (exp(d) - d - 1) with d = log reference - log pi.
 
     k3 is Schulman's "Approximating KL divergence" (2020). Used as a loss without the weight r = pi/pi_old its gradient is
-    biased; with it the gradient is that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556, section 3.1). The statistic is the
+    biased; with it the gradient is that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, equation 7). The statistic is the
     plain k3.
     """
     logp = _where(mask, logp)

@@ -101,6 +101,11 @@ class Policy:
         """Clause id -> its category and the clause."""
         return {clause.id: (category, clause) for category in self.categories.values() for clause in category.clauses}
 
+    @property
+    def principles(self) -> dict[str, Principle]:
+        """Id -> principle."""
+        return {principle.id: principle for principle in self.bundle.principles}
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -6,6 +6,7 @@ run file, whose types come from modules that show progress.
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,10 @@ class Progress:
     def __init__(self, stage: str, unit: str) -> None:
         self.stage, self.unit = stage, unit
         self._started = self._shown = time.monotonic()
-        self._last = (0, 0)
+        self.before = 0
+        """Units that an earlier run made; they say nothing about this one's speed."""
+        self._last = (0, 0, "")
+        self._moved = self._started
         self._artifact: Any = None
 
     def __enter__(self) -> "Progress":
@@ -39,22 +43,30 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._last[1] and kind is None:
-            self._show(*self._last)
+        if kind is None:
+            self._show(*self._last) if self._last[1] else self._tell_prefect(100.0)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        self._last = (done, total)
-        now = time.monotonic()
-        if now - self._shown >= EVERY_SECONDS and done < total:
-            self._shown = now
+        if (done, total, note) == self._last:
+            return
+        self._last = (done, total, note)
+        self._moved = time.monotonic()
+        if self._moved - self._shown >= EVERY_SECONDS and done < total:
+            self._shown = self._moved
             self._show(done, total, note)
 
-    def _show(self, done: int, total: int, note: str = "") -> None:
-        seconds = max(1e-9, time.monotonic() - self._started)
-        rate = done / seconds
-        left = f", {(total - done) / rate:.0f} s left" if rate and done < total else f", {seconds:.0f} s"
-        say(f"  {self.stage:<10} {done}/{total} {self.unit} ({rate:.1f}/s{left}){' ' + note if note else ''}")
+    def _show(self, done: int, total: int, note: str) -> None:
+        seconds = max(1e-9, self._moved - self._started)
+        made = max(0, done - self.before)
+        left = f", {(total - done) * seconds / made:.0f} s left" if made and done < total else f", {seconds:.0f} s"
+        say(f"  {self.stage:<10} {done}/{total} {self.unit} ({made / seconds:.2g}/s{left}){' ' + note if note else ''}")
+        self._tell_prefect(100.0 * done / max(1, total))
+
+    def _tell_prefect(self, percent: float) -> None:
+        """A server that does not answer for a moment is no reason to lose work: the next call tells it."""
         if self._artifact:
+            from httpx import HTTPError
             from prefect.artifacts import update_progress_artifact
 
-            update_progress_artifact(self._artifact, 100.0 * done / max(1, total))
+            with suppress(HTTPError):
+                update_progress_artifact(self._artifact, percent)

@@ -1,6 +1,7 @@
 """The report of a run: what was kept and why, what was trained, and how base, SFT and RL compare."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
@@ -8,7 +9,7 @@ from prefect.context import FlowRunContext
 
 from tasks.checkpoints import Checkpoint
 from tasks.dataset import NOT_CALIBRATED, Dataset
-from tasks.evaluate import Evaluation
+from tasks.evaluate import Evaluation, compare
 from tasks.progress import say
 from tasks.select import funnel_markdown
 from tasks.store import Store
@@ -19,6 +20,7 @@ RATES = {
     "unsafe_compliance": "unsafe compliance (lower is better)",
     "over_refusal": "over-refusal (lower is better)",
     "policy_retrieval": "cited category matches",
+    "not_graded": "no verdict of the judge",
 }
 
 
@@ -32,7 +34,7 @@ def write_report(
     store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     if FlowRunContext.get():
         create_markdown_artifact(text, key="report", description=f"Run {manifest['id']}")
-    say("\n" + summary(evaluations) + "\n")
+    say("\n" + _comparison(evaluations) + "\n")
     for name, place in (
         ("dataset", dataset.path),
         *((c.kind, f"checkpoints/{c.id}/model") for c in checkpoints),
@@ -52,6 +54,7 @@ def markdown(manifest: dict[str, Any], dataset: Dataset, checkpoints: list[Check
             for category in evaluations[0].metrics["verdict_accuracy_by_category"]
         ],
     )
+    quarantined = "\n".join(f"- `{row['file']}`, line {row['line']}: {row['reason']}" for row in manifest["quarantined"]) or "None."
     trained = "\n".join(f"- {item.kind}: `checkpoints/{item.id}`, weights {item.weights[:12]}" for item in checkpoints)
     return f"""{NOT_CALIBRATED}
 
@@ -63,9 +66,14 @@ judge {source["judge"]["id"]} @ {source["judge"]["revision"]} with k = {source["
 
 ## Evaluation
 
-Share of prompts with the 95 % Wilson interval; unguided answers, judged without their thoughts.
+Share of prompts with the 95 % Wilson interval; unguided answers, judged without their thoughts. The judge is told which kind of answer
+the policy asks for. Text without any thought is judged as an answer; what holds a thought that was never closed is not judged.
 
 {_comparison(evaluations)}
+
+Differences in percentage points, paired by prompt, with the 95 % interval of a bootstrap over scenario groups:
+
+{_differences(evaluations)}
 
 Verdict as ideal, by category:
 
@@ -78,17 +86,29 @@ Verdict as ideal, by category:
 ## Checkpoints
 
 {trained}
+
+## Prompts that were not used
+
+{quarantined}
 """
-
-
-def summary(evaluations: list[Evaluation]) -> str:
-    """The comparison as a table for the terminal."""
-    return _comparison(evaluations)
 
 
 def _comparison(evaluations: list[Evaluation]) -> str:
     header = ["", *(evaluation.checkpoint for evaluation in evaluations)]
     return _table(header, [[label, *(_rate(e.metrics[name]) for e in evaluations)] for name, label in RATES.items()])
+
+
+def _differences(evaluations: list[Evaluation]) -> str:
+    pairs = list(pairwise(evaluations))
+    found = [compare(before.rows, after.rows) for before, after in pairs]
+    header = ["", *(f"{after.checkpoint} - {before.checkpoint}" for before, after in pairs)]
+    return _table(header, [[label, *(_points(differences.get(name)) for differences in found)] for name, label in RATES.items()])
+
+
+def _points(difference: dict[str, float] | None) -> str:
+    if difference is None:
+        return "-"
+    return f"{100 * difference['value']:+.0f} [{100 * difference['low']:+.0f}, {100 * difference['high']:+.0f}]"
 
 
 def _rate(rate: dict[str, Any] | None) -> str:

@@ -15,6 +15,7 @@ from tasks import thoughts
 from tasks.complete import chat_of, seed_of
 from tasks.compose import BlindCase, plain_turns
 from tasks.judge import JudgeConfig, Verdict, judge
+from tasks.keys import digest
 from tasks.policy import Spec
 from tasks.prompts import Prompt, prompt_hash
 
@@ -33,18 +34,31 @@ class DrawShard:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One unguided completion. `parts` is Malformed when it does not hold exactly one closed thought."""
+    """One unguided completion. `parts` is Malformed when it does not hold exactly one closed thought; `name` is its hash."""
 
     prompt_id: str
     sample: int
+    seed: int
     prompt_ids: list[int]
     completion: Completion
     text: str
     parts: thoughts.Parts | thoughts.Malformed
 
     @property
-    def judged(self) -> bool:
-        """Only a finished answer behind a closed thought is shown to a judge; everything else gets the floor."""
+    def name(self) -> str:
+        """Names the completion and seeds its judge runs: other samples of a group meet a judge with other seeds."""
+        return digest([self.prompt_id, self.sample, self.seed])
+
+    @property
+    def answer(self) -> str | None:
+        """The answer behind a closed thought, or the whole text where no thought was begun; None where they cannot be told apart."""
+        if isinstance(self.parts, thoughts.Parts):
+            return self.parts.answer or None
+        return self.text.strip() or None if self.parts.reason == thoughts.NO_THOUGHT else None
+
+    @property
+    def earns(self) -> bool:
+        """RL: only a finished answer behind a closed thought is shown to the judge; everything else gets the floor."""
         good = isinstance(self.parts, thoughts.Parts) and bool(self.parts.answer)
         return good and self.completion.finish_reason == "stop"
 
@@ -75,7 +89,8 @@ async def draw(engine: Engine, shard: DrawShard) -> list[Drawn]:
         ids = chat.prompt(plain_turns(prompt.messages))
         seed = seed_of(shard.seed, prompt_hash(prompt.messages), sample)
         drawn = await engine.complete(ids, Sampling(shard.temperature, shard.max_tokens, seed, logprobs=True))
-        return Drawn(prompt.id, sample, ids, drawn, chat.decode(drawn.token_ids), thoughts.split(drawn.token_ids, chat))
+        parts = thoughts.split(drawn.token_ids, chat, thoughts.opened(ids, chat))
+        return Drawn(prompt.id, sample, seed, ids, drawn, chat.decode(drawn.token_ids), parts)
 
     return list(await asyncio.gather(*(one(prompt, sample) for prompt in shard.prompts for sample in range(shard.samples))))
 
@@ -84,22 +99,26 @@ async def judge_blind(engine: Engine, shard: BlindShard) -> list[list[Verdict]]:
     """k verdicts for every item, in order."""
     chat = chat_of(shard.model.path)
 
+    async def run(item: BlindItem, number: int) -> Verdict:
+        try:
+            return await judge(engine, chat, item.spec, item.case, shard.config, item.name, number)
+        except ValueError as error:
+            return Verdict(None, (f"engine refused the request: {error}",), 0)
+
     async def one(item: BlindItem) -> list[Verdict]:
-        runs = [judge(engine, chat, item.spec, item.case, shard.config, item.name, run) for run in range(shard.config.k)]
-        return list(await asyncio.gather(*runs))
+        return list(await asyncio.gather(*(run(item, number) for number in range(shard.config.k))))
 
     return list(await asyncio.gather(*(one(item) for item in shard.items)))
 
 
 def blind_items(drawn: Sequence[Drawn], prompts: dict[str, Prompt], specs: dict[str, Spec]) -> list[BlindItem]:
-    """What the judge is shown of the answers that may be judged."""
+    """What the judge is shown of completions that have an answer."""
     items = []
-    for answer in drawn:
-        if answer.judged and isinstance(answer.parts, thoughts.Parts):
-            prompt = prompts[answer.prompt_id]
-            case = BlindCase(prompt.messages, answer.parts.answer, prompt.ideal_verdict)
-            name = prompt_hash(prompt.messages)[:8] + f"{answer.sample:08x}"
-            items.append(BlindItem(name, specs[prompt.category], case))
+    for completion in drawn:
+        if completion.answer is not None:
+            prompt = prompts[completion.prompt_id]
+            case = BlindCase(prompt.messages, completion.answer, prompt.ideal_verdict)
+            items.append(BlindItem(completion.name, specs[prompt.category], case))
     return items
 
 

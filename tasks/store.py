@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -180,6 +179,7 @@ class Ledger:
 
     def __init__(self, store: Store, stage: str) -> None:
         self.store, self.stage = store, stage
+        self._next: int | None = None
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """All entries in order."""
@@ -187,6 +187,7 @@ class Ledger:
         while (entry := self.store.read_json(self._path(number))) is not None:
             yield entry
             number += 1
+        self._next = number
 
     def shards(self) -> list[Shard]:
         """Shards that count: named by an entry, and not declared lost by a later one."""
@@ -201,6 +202,8 @@ class Ledger:
     def commit(self, shards: Iterable[Shard], lost: Iterable[str] = ()) -> None:
         """Appends one entry. Raises Conflict when another writer was faster: this one has lost its turn and must stop."""
         shards = list(shards)
+        if self._next is None:
+            self.survey()
         entry = {
             "version": 1,
             "stage": self.stage,
@@ -210,24 +213,23 @@ class Ledger:
             "time": time.time(),
         }
         try:
-            self.store.create(self._path(self._next), json.dumps(entry, indent=1).encode())
+            self.store.create(self._path(self._next or 0), json.dumps(entry, indent=1).encode())
         except Conflict:
             raise Conflict(
                 f"{self.stage}: another run writes to {self.store.root}; this one stops. Start it again when the other has ended."
             ) from None
-        self._next += 1
+        self._next = (self._next or 0) + 1
 
     def survey(self) -> tuple[list[Shard], list[str]]:
-        """Shards that count and are there, and the paths of those that are gone and have to be made again."""
+        """Shards that count and are there, and the paths of those that are gone and have to be made again.
+
+        From here on `commit` continues after the last entry seen: what another run commits meanwhile fences this one out.
+        """
         here: list[Shard] = []
         lost: list[Shard] = []
         for shard in self.shards():
             (here if self.store.exists(shard.path) else lost).append(shard)
         return here, [shard.path for shard in lost]
-
-    @cached_property
-    def _next(self) -> int:
-        return sum(1 for _ in self.entries())
 
     def _path(self, number: int) -> str:
         return f"{self.stage}/ledger/{number:08d}.json"

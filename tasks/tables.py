@@ -60,8 +60,7 @@ JUDGEMENTS = pa.schema(
         ("correctness", pa.int8()),
         ("thought", pa.int8()),
         ("score", pa.int8()),
-        ("raw", pa.string()),
-        ("attempts", pa.int8()),
+        ("raw", pa.list_(pa.string())),
         ("quarantined", pa.string()),
     ]
 )
@@ -111,6 +110,7 @@ ROLLOUTS = pa.schema(
         ("ideal_verdict", pa.string()),
         ("step", pa.int32()),
         ("sample", pa.int32()),
+        ("seed", pa.int64()),
         ("policy_version", pa.int32()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
@@ -118,7 +118,10 @@ ROLLOUTS = pa.schema(
         ("finish_reason", pa.string()),
         ("thought_tokens", pa.int32()),
         ("malformed", pa.string()),
-        ("verdicts", pa.list_(pa.string())),
+        ("verdicts", pa.list_(pa.list_(pa.string()))),
+        ("spec_hash", pa.string()),
+        ("judge", pa.string()),
+        ("judge_revision", pa.string()),
         ("reward", pa.float32()),
         ("quarantined", pa.string()),
     ]
@@ -139,8 +142,12 @@ EVALUATIONS = pa.schema(
         ("cited_verdict", pa.string()),
         ("cited_category", pa.string()),
         ("answer_kind", pa.string()),
+        ("seed", pa.int64()),
+        ("spec_hash", pa.string()),
+        ("judge", pa.string()),
+        ("judge_revision", pa.string()),
         ("compliance", pa.int8()),
         ("helpfulness", pa.int8()),
-        ("raw", pa.string()),
+        ("verdicts", pa.list_(pa.list_(pa.string()))),
     ]
 )

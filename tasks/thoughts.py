@@ -1,7 +1,8 @@
 """The thought: how it is marked, held by a grammar, split from the answer on token ids, and what it cites.
 
 The only module that knows the markers. A completion is `<think>` newline thought newline `</think>` newline answer. A model with a single
-token for a marker is split on that token; one without (SmolLM2) on the sequence of ids that spells it.
+token for a marker is split on that token; one without (SmolLM2) on the sequence of ids that spells it. Some chat templates write the
+first marker themselves (`opened`); then completions begin inside the thought.
 """
 
 import re
@@ -13,6 +14,8 @@ from tasks.policy import VERDICTS, Policy, Verdict
 
 OPEN, CLOSE = "<think>", "</think>"
 FORMAT_VERSION = 1
+NO_THOUGHT = "no_thought"
+"""The fault of a completion that holds neither marker: all of it is an answer."""
 BYTES_PER_CHARACTER = 4
 """UTF-8's longest character; a byte-level tokenizer spends at most one token on a byte."""
 
@@ -37,15 +40,23 @@ class Malformed:
     reason: str
 
 
-def split(ids: Sequence[int], chat: Chat) -> Parts | Malformed:
+def opened(prompt_ids: Sequence[int], chat: Chat) -> bool:
+    """Whether a prompt ends inside a thought, because the chat template begins the assistant's turn with one."""
+    tail = "".join(chat.pieces(prompt_ids[-12:]))
+    return tail.rstrip().endswith(OPEN)
+
+
+def split(ids: Sequence[int], chat: Chat, opened: bool = False) -> Parts | Malformed:
     """Splits the token ids of a completion into thought and answer.
 
     Text that merely spells a marker does not count for a model whose marker is a token of its own.
     """
     pieces = chat.pieces(ids)
     opens, closes = _find(ids, pieces, OPEN, chat), _find(ids, pieces, CLOSE, chat)
+    if opened:
+        opens = [(0, 0), *opens]
     if not opens:
-        return Malformed("no_thought")
+        return Malformed("unopened_thought" if closes else NO_THOUGHT)
     if not closes:
         return Malformed("unterminated_thought")
     if len(opens) > 1 or len(closes) > 1:
@@ -58,9 +69,13 @@ def split(ids: Sequence[int], chat: Chat) -> Parts | Malformed:
     return Parts(chat.decode(ids[open_end:close_start]).strip(), chat.decode(answer_ids).strip(), close_end)
 
 
-def join(thought: str, answer: str) -> str:
-    """The text of a completion, as a model is trained to write it."""
-    return f"{OPEN}\n{thought}\n{CLOSE}\n{answer}"
+def join(thought: str, answer: str, chat: Chat, opened: bool = False) -> list[int]:
+    """The token ids of a completion, as a model is trained to write it."""
+    before, middle, after = "" if opened else OPEN, f"\n{thought}\n", f"\n{answer}"
+    if CLOSE not in chat.added:
+        return chat.text(f"{before}{middle}{CLOSE}{after}" if before else f"{thought}\n{CLOSE}{after}")
+    marker = [chat.added[OPEN]] if before else []
+    return [*marker, *chat.text(middle if before else f"{thought}\n"), chat.added[CLOSE], *chat.text(after)]
 
 
 def cited_verdict(thought: str) -> Verdict | None:
@@ -70,20 +85,20 @@ def cited_verdict(thought: str) -> Verdict | None:
 
 
 def cited_clauses(thought: str) -> list[str]:
-    """Ids on the thought's clause lines, or anywhere in it when there is no such line; in order, each once."""
-    lines = _CLAUSE_LINE.findall(thought)
-    return list(dict.fromkeys(_CLAUSE.findall("\n".join(lines) if lines else thought)))
+    """Ids on the thought's clause lines, in order, each once."""
+    return list(dict.fromkeys(_CLAUSE.findall("\n".join(_CLAUSE_LINE.findall(thought)))))
 
 
-def grammar(policy: Policy, thought_characters: int, answer_characters: int) -> str:
+def grammar(policy: Policy, thought_characters: int, answer_characters: int, opened: bool = False) -> str:
     """An EBNF that holds a model to the format whatever the prompt: it offers every verdict and every clause id of the bundle.
 
     A refusal opens with an apology and is one sentence; the other verdicts are free text. `<` cannot occur, so no marker can be forged.
     """
     clauses = " | ".join(f'"{name}"' for name in sorted(policy.clauses))
+    begin = "" if opened else '"<think>\\n" '
     return "\n".join(
         [
-            'root ::= "<think>\\n" text "\\nClauses: " clause (", " clause)? "\\nVerdict: " ruling',
+            f'root ::= {begin}text "\\nClauses: " clause (", " clause)? "\\nVerdict: " ruling',
             f"text ::= [^<\\n]{{20,{thought_characters}}}",
             f"clause ::= {clauses}",
             'ruling ::= "refuse\\n</think>\\nI\'m sorry, but I can\'t " sentence "." | helpful "\\n</think>\\n" answer',
@@ -97,7 +112,7 @@ def grammar(policy: Policy, thought_characters: int, answer_characters: int) -> 
 def longest_output(policy: Policy, thought_characters: int, answer_characters: int) -> int:
     """An upper bound, in tokens, of what the grammar can produce; `max_tokens` may not be below it."""
     ids = 2 * (max(len(name) for name in policy.clauses) + 2)
-    fixed = len(join("", "")) + len("\nClauses: \nVerdict: I'm sorry, but I can't .") + max(len(verdict) for verdict in VERDICTS)
+    fixed = len(f"{OPEN}\n\n{CLOSE}\n") + len("\nClauses: \nVerdict: I'm sorry, but I can't .") + max(len(verdict) for verdict in VERDICTS)
     return fixed + ids + BYTES_PER_CHARACTER * (thought_characters + max(answer_characters, 80)) + 1
 
 

@@ -29,6 +29,7 @@ def keep_lines(path: Path, steps: int) -> None:
 def followed(path: Path, total: int, progress: Progress) -> Iterator[None]:
     """While inside, shows the lines of `path` as progress towards `total` steps, with the last step's loss or reward."""
     over = threading.Event()
+    progress.before = len(_lines(path)) if path.exists() else 0
 
     def show() -> None:
         lines = _lines(path) if path.exists() else []

@@ -20,9 +20,10 @@ def test_pack_aligns_targets_mask_and_values_to_the_predicting_position() -> Non
     batch = pack([Row([1, 2, 3, 4], 2, {"advantage": [0.5, -0.5]}), Row([5, 6], 1, {"advantage": [2.0]})])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
-    assert batch.mask.tolist() == [0, 1, 1, 0, 1, 0]
-    assert [target for target, weight in zip(batch.targets.tolist(), batch.mask.tolist(), strict=True) if weight] == [3, 4, 6]
-    assert batch.values["advantage"].tolist() == [0, 0.5, -0.5, 0, 2.0, 0]
+    assert batch.learnt.tolist() == [1, 2, 4]
+    assert batch.targets.tolist() == [3, 4, 6]
+    assert batch.mask.tolist() == [1, 1, 1]
+    assert batch.values["advantage"].tolist() == [0.5, -0.5, 2.0]
 
 
 @pytest.mark.parametrize("row", [Row([1, 2], 0), Row([1, 2], 2)])

@@ -70,6 +70,7 @@ def test_groups_of_a_never_clause_are_for_evaluation_only():
     assert split_groups(marked, POLICY)["er-01"] == "eval"
 
 
+OTHER = [{"role": "user", "content": "another request"}]
 GOOD = json.loads((SPECS / "prompts" / "violence.jsonl").read_text().splitlines()[0])
 
 
@@ -85,7 +86,8 @@ GOOD = json.loads((SPECS / "prompts" / "violence.jsonl").read_text().splitlines(
         (json.dumps({**GOOD, "messages": []}).encode(), "messages"),
         (json.dumps({**GOOD, "messages": [{"role": "system", "content": "x"}]}).encode(), "role"),
         (json.dumps({**GOOD, "surprise": 1}).encode(), "surprise: unknown field"),
-        (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode(), "used by an earlier row"),
+        (json.dumps({**GOOD, "id": "first", "messages": OTHER}).encode(), "used by an earlier row"),
+        (json.dumps({**GOOD, "id": "second"}).encode(), "same as those of 'first'"),
     ],
 )
 def test_a_malformed_row_is_quarantined_with_file_line_and_reason(tmp_path: Path, line: bytes, reason: str):
