@@ -56,7 +56,8 @@ def gather(
     a quarantined row's is `quarantined`. Raises SpecmillError when a wanted row is not there.
     """
     copied = {category: spec_ngrams(spec, config.max_copied_words + 1) for category, spec in specs.items()}
-    rows, dropped = [], {}
+    rows: list[dict[str, Any]] = []
+    dropped: dict[bytes, str] = {}
     left = set(wanted)
     for shard in shards:
         for row in store.read_table(shard.path).to_pylist():
@@ -70,6 +71,8 @@ def gather(
                 dropped[row["key"]] = reason
     if left:
         raise SpecmillError(f"completions: {len(wanted)} rows are wanted, {len(left)} of them are in no shard")
+    order = {key: number for number, key in enumerate(wanted)}
+    rows.sort(key=lambda row: order[row["key"]])  # whatever the order in which shards were finished
     return rows, dropped
 
 
