@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint lock clean
+.PHONY: help setup demo test quick soak lint lock clean
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -29,11 +29,14 @@ setup: .venv/.specmill .venv/.model ## makes .venv from the lock and converts th
 demo: setup ## from the written policy to an aligned checkpoint and its report
 	.venv/bin/specmill run specs/runs/demo.yaml
 
-test: setup ## all tests but the soak tests
-	.venv/bin/pytest -m "not soak"
+test: setup ## all tests but the soak tests; the chain runs beside the others
+	.venv/bin/pytest -m "not soak" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quick: setup ## the tests that start no engine and no server, under two minutes
 	.venv/bin/pytest -m "not slow and not chain and not soak"
+
+soak: setup ## the tests that take many minutes: interruptions in every stage, both doors from nothing
+	.venv/bin/pytest -m soak
 
 lint: setup ## style, types and the direction of imports
 	.venv/bin/ruff check .

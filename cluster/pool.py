@@ -35,6 +35,10 @@ ENGINE_OVERHEAD_GIB = 1.5
 """Memory of a CPU engine beside weights and KV cache: two Python processes with torch (measured: 1.3 GiB)."""
 
 
+def _no_prefix(shard: Any) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights that engines are to answer with: a safetensors file or checkpoint directory, as policy version `version`."""
@@ -92,22 +96,42 @@ class Fleet(Generic[ShardT, ResultT]):
     def __init__(self, actors: list[Any]) -> None:
         self.actors = actors
         self._weights: Weights | None = None
+        self._homes: dict[str, int] = {}
 
-    def map(self, stage: Stage, shards: Iterable[ShardT], in_flight: int = 2) -> Iterator[tuple[ShardT, ResultT]]:
-        """Runs `stage` on every shard, at most `in_flight` per engine, and yields (shard, result) as they finish."""
-        waiting = deque(shards)
+    def map(
+        self, stage: Stage, shards: Iterable[ShardT], in_flight: int = 2, prefix: Callable[[ShardT], str] = _no_prefix
+    ) -> Iterator[tuple[ShardT, ResultT]]:
+        """Runs `stage` on every shard, at most `in_flight` per engine, and yields (shard, result) as they finish.
+
+        `prefix` names what a shard's requests begin with. Shards of one prefix go to one engine, which has it in its cache, from one
+        call to the next; an engine that would have nothing to do takes shards of other homes.
+        """
+        waiting: dict[str, deque[ShardT]] = {}
+        for shard in shards:
+            waiting.setdefault(prefix(shard), deque()).append(shard)
         load = [0] * len(self.actors)
         running: dict[Any, tuple[int, ShardT]] = {}
         while waiting or running:
             while waiting and min(load) < in_flight:
-                shard = waiting.popleft()
                 slot = load.index(min(load))
+                shard = self._take(waiting, slot)
                 running[self.actors[slot].run.remote(stage, shard, self._weights)] = (slot, shard)
                 load[slot] += 1
             done, _ = ray.wait(list(running), num_returns=1)
             slot, shard = running.pop(done[0])
             load[slot] -= 1
             yield shard, _result(done[0], f"a shard's engine died {MAX_ATTEMPTS} times")
+
+    def _take(self, waiting: dict[str, deque[ShardT]], slot: int) -> ShardT:
+        """The next shard for an engine: of a prefix that it is home to, else of one without a home, else of the longest queue."""
+        at_home = (name for name in waiting if self._homes.get(name) == slot)
+        homeless = (name for name in waiting if name not in self._homes)
+        name = next(at_home, None) or next(homeless, None) or max(waiting, key=lambda name: len(waiting[name]))
+        self._homes.setdefault(name, slot)
+        shard = waiting[name].popleft()
+        if not waiting[name]:
+            del waiting[name]
+        return shard
 
     def load_weights(self, path: str, version: int) -> None:
         """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""
@@ -146,14 +170,14 @@ class Pool:
             self._fleet = fleet
         return self._fleet
 
-    def map(self, stage: Stage, shards: Sequence[ShardT], requests: int) -> Iterator[tuple[ShardT, Any]]:
+    def map(self, stage: Stage, shards: Sequence[ShardT], requests: int, prefix: Callable[[ShardT], str]) -> Iterator[tuple[ShardT, Any]]:
         """Like `Fleet.map`, with as many shards in flight as fill the engines' batches; `requests` is that of all shards together.
 
         With no shards, no engine is started.
         """
         if shards:
             in_flight = 1 + math.ceil(self.config.max_num_seqs * len(shards) / max(1, requests))
-            yield from self.fleet().map(stage, shards, in_flight)
+            yield from self.fleet().map(stage, shards, in_flight, prefix)
 
     def check_memory(self) -> None:
         """Raises UserError when CPU engines do not fit in this machine's free memory; of a cluster's nodes it knows nothing."""

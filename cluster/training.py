@@ -93,13 +93,10 @@ def run_workers(
     return dict(result.metrics or {})
 
 
-def report(metrics: dict[str, Any], engine: "TrainingEngine | None", state: dict[str, Any]) -> None:
-    """A barrier of all ranks; with an engine it stores a checkpoint of it and of `state` (small JSON) with rank 0's metrics."""
+def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any]) -> None:
+    """A barrier of all ranks; stores a checkpoint of the engine and of `state` (small JSON) with rank 0's metrics."""
     import ray.train
 
-    if engine is None:
-        ray.train.report(metrics)
-        return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:
         engine.save(directory, state)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))

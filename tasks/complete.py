@@ -156,7 +156,7 @@ def complete(pool: Pool, ledger: Ledger, shards: list[CompletionShard], lost: li
     done = 0
     if lost:
         ledger.commit([], lost)
-    for _, receipt in pool.map(complete_shard, shards, total):
+    for _, receipt in pool.map(complete_shard, shards, total, lambda shard: shard.request.spec.hash):
         ledger.commit([receipt])
         done += receipt.rows
         progress(done, total)

@@ -140,7 +140,7 @@ def judge_all(pool: Pool, ledger: Ledger, shards: list[JudgementShard], lost: li
     done = 0
     if lost:
         ledger.commit([], lost)
-    for _, receipt in pool.map(judge_shard, shards, total):
+    for _, receipt in pool.map(judge_shard, shards, total, lambda shard: shard.spec.hash):
         ledger.commit([receipt])
         done += receipt.rows
         progress(done, total)

@@ -31,7 +31,7 @@ from tasks.losses import AdvantageKind, TokenLoss, group_advantages, policy_grad
 from tasks.policy import Spec
 from tasks.progress import Progress
 from tasks.prompts import Prompt
-from tasks.rollout import BlindShard, Drawn, DrawShard, blind_items, draw, in_parts, judge_blind, reward
+from tasks.rollout import Drawn, DrawShard, blind_shards, draw, in_parts, reward, verdicts_of
 from tasks.store import Ledger, Store
 from tasks.thoughts import Malformed
 from tasks.training_log import append_line, followed, keep_lines
@@ -178,11 +178,8 @@ def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:
     drawn = [answer for _, answers in job.policy.map(draw, shards) for answer in answers]
     drawn.sort(key=lambda answer: (answer.prompt_id, answer.sample))
     runs = job.judge_config.model_copy(update={"k": settings.judge_runs})
-    items = blind_items([answer for answer in drawn if answer.earns], by_id, job.specs)
-    parts = [BlindShard(job.judge_model, runs, part) for part in in_parts(items, 2 * len(job.judge.actors))]
-    verdicts = {
-        item.name: given for part, answers in job.judge.map(judge_blind, parts) for item, given in zip(part.items, answers, strict=True)
-    }
+    judged = blind_shards([answer for answer in drawn if answer.earns], by_id, job.specs, job.judge_model, runs)
+    verdicts = verdicts_of(job.judge, judged)
     rows = [_row(job, step, answer, by_id[answer.prompt_id], verdicts.get(answer.name, [])) for answer in drawn]
     table = pa.Table.from_pylist(rows, schema=tables.ROLLOUTS)
     Ledger(store, f"{STAGE}/{job.id}").commit([store.put_table(_folder(job.id, step), table)])

@@ -4,13 +4,14 @@ No spec and no grammar: the model has to think by itself. Sampling is by tempera
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from cluster.engine import Completion, Engine, Sampling
 from cluster.models import Model
+from cluster.pool import Fleet
 from tasks import thoughts
 from tasks.complete import chat_of, seed_of
 from tasks.compose import BlindCase, plain_turns
@@ -74,11 +75,16 @@ class BlindItem:
 
 @dataclass(frozen=True)
 class BlindShard:
-    """Answers to judge without their thoughts, `config.k` runs each."""
+    """Answers to judge by one spec without their thoughts, `config.k` runs each."""
 
     model: Model
     config: JudgeConfig
     items: tuple[BlindItem, ...]
+
+    @property
+    def prefix(self) -> str:
+        """What the judge's requests begin with: the spec."""
+        return self.items[0].spec.hash
 
 
 async def draw(engine: Engine, shard: DrawShard) -> list[Drawn]:
@@ -111,15 +117,27 @@ async def judge_blind(engine: Engine, shard: BlindShard) -> list[list[Verdict]]:
     return list(await asyncio.gather(*(one(item) for item in shard.items)))
 
 
-def blind_items(drawn: Sequence[Drawn], prompts: dict[str, Prompt], specs: dict[str, Spec]) -> list[BlindItem]:
-    """What the judge is shown of completions that have an answer."""
-    items = []
+def blind_shards(
+    drawn: Sequence[Drawn], prompts: dict[str, Prompt], specs: dict[str, Spec], model: Model, config: JudgeConfig
+) -> list[BlindShard]:
+    """What the judge is shown of completions that have an answer, one shard per category."""
+    items: dict[str, list[BlindItem]] = {}
     for completion in drawn:
         if completion.answer is not None:
             prompt = prompts[completion.prompt_id]
             case = BlindCase(prompt.messages, completion.answer, prompt.ideal_verdict)
-            items.append(BlindItem(completion.name, specs[prompt.category], case))
-    return items
+            items.setdefault(prompt.category, []).append(BlindItem(completion.name, specs[prompt.category], case))
+    return [BlindShard(model, config, tuple(group)) for group in items.values()]
+
+
+def verdicts_of(judge: Fleet, shards: Sequence[BlindShard], progress: Callable[[int], None] | None = None) -> dict[str, list[Verdict]]:
+    """Name of a completion -> its verdicts; `progress` is called with how many were given."""
+    verdicts: dict[str, list[Verdict]] = {}
+    for shard, answers in judge.map(judge_blind, shards, 4, lambda shard: shard.prefix):
+        verdicts |= {item.name: given for item, given in zip(shard.items, answers, strict=True)}
+        if progress:
+            progress(len(verdicts))
+    return verdicts
 
 
 def reward(verdicts: Sequence[Verdict]) -> float | None:

@@ -5,20 +5,6 @@ import pyarrow as pa
 KEY = pa.binary(16)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
-PROMPTS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt_hash", pa.string()),
-        ("category", pa.string()),
-        ("cell", pa.string()),
-        ("group", pa.string()),
-        ("split", pa.string()),
-        ("ideal_verdict", pa.string()),
-        ("ideal_clauses", pa.list_(pa.string())),
-        ("messages", MESSAGES),
-    ]
-)
-
 COMPLETIONS = pa.schema(
     [
         ("key", KEY),

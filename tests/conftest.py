@@ -8,6 +8,15 @@ import pytest
 from cluster.models import copy_tokenizer, resolve_model
 
 
+def pytest_configure() -> None:
+    """Test processes that run side by side (pytest-xdist) share out the cores; engines bind themselves to the first they see."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        mine = cores[int(worker.removeprefix("gw")) % len(cores) :: workers]
+        os.sched_setaffinity(0, set(mine))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The path of a seeded two-layer Llama with tied embeddings in float32, with the default model's tokenizer and template."""

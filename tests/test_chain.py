@@ -52,7 +52,7 @@ def scripted_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) ->
     torch.manual_seed(0)
     chat = Chat(tiny_model)
     loaded = load_prompts(str(SPECS / "prompts"), load_policy(str(SPECS / "policies" / "base")))
-    script = [*chat.text(thoughts.join(CANARY, ANSWER)), chat.end_of_turn]
+    script = [*thoughts.join(CANARY, ANSWER, chat), chat.end_of_turn]
     asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in loaded.prompts if prompt.category in CATEGORIES]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
@@ -90,7 +90,14 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
         "judge": {"engine": engine, "k": 2, "temperature": 1.0},
         "select": {"threshold": 1},
         "sft": {"epochs": 1, "rows_per_step": 16, "training": training},
-        "rl": {"steps": 2, "prompts_per_step": 4, "rollouts_per_prompt": 4, "max_tokens": LIMIT, "training": training},
+        "rl": {
+            "steps": 2,
+            "prompts_per_step": 4,
+            "rollouts_per_prompt": 4,
+            "max_tokens": LIMIT,
+            "ranks": 2,
+            "training": training | {"zero_stage": 3},
+        },
         "evaluate": {"engine": engine | {"max_model_len": 1024}, "max_tokens": LIMIT},
     }
     file = folder / "chain.yaml"
@@ -130,13 +137,13 @@ class RecordingFleet(Fleet):
         super().__init__(actors)
         self.file = file
 
-    def map(self, stage: Any, shards: Any, in_flight: int = 2) -> Iterator[Any]:
+    def map(self, stage: Any, shards: Any, *how: Any) -> Iterator[Any]:
         file = self.file
 
         async def recorded(engine: Engine, shard: Any) -> Any:
             return await stage(Recorder(engine, file), shard)
 
-        return super().map(recorded, shards, in_flight)
+        return super().map(recorded, shards, *how)
 
 
 async def probe(engine: Engine, prompt: list[int]) -> Completion:

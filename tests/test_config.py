@@ -125,6 +125,10 @@ def _unwritable(folder: Path) -> str:
         (lambda folder: {"root": _unwritable(folder)}, ["file/root", "cannot be written", "Choose another root"]),
         (lambda folder: {"generate": {"engine": {"kv_cache_gib": 9000}}}, ["GiB are free", "Lower `engines` or `kv_cache_gib`"]),
         (lambda folder: {"generate": {"max_tokens": 64}}, ["generate.max_tokens", "longest output"]),
+        (lambda folder: {"generate": {"engine": {"max_model_len": 6000}}}, ["generate.engine.max_model_len", "no room for the policy"]),
+        (lambda folder: {"rl": {"prompts_per_step": 999}}, ["rl.prompts_per_step", "the RL split has 56"]),
+        (lambda folder: {"select": {"category_threshold": {"cooking": 3}}}, ["select.category_threshold", "cooking"]),
+        (lambda folder: {"evaluate": {"engine": {"max_model_len": 300}}}, ["evaluate.engine.max_model_len", "split"]),
     ],
     ids=[
         "unknown field",
@@ -134,6 +138,10 @@ def _unwritable(folder: Path) -> str:
         "unwritable root",
         "too little memory",
         "too few tokens",
+        "too small a context",
+        "too few prompts for RL",
+        "unknown category",
+        "no room for a rollout",
     ],
 )
 def test_a_mistake_is_told_before_anything_starts(tmp_path: Path, mistake: Callable[[Path], dict], words: list[str]):
@@ -142,6 +150,25 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path: Path, mistake: Calla
     assert len(str(error.value).splitlines()) == 1
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_defaults_make_a_run_that_may_start(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("version: 1\n")
+    run = prepare(RunRequest(file=str(file), root=str(tmp_path / "root")))
+    assert (len(run.split("sft")), len(run.split("rl")), len(run.split("eval"))) == (112, 56, 56)
+
+
+def test_an_inherited_path_is_that_of_the_file_that_names_it(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"version": 1, "extends": os.path.abspath("specs/runs/demo.yaml"), "prompts": "mine.jsonl"}))
+    config = load_run(RunRequest(file=str(file)))
+    assert config.policy == os.path.abspath("specs/policies/base") and config.prompts == str(tmp_path / "mine.jsonl")
+
+
+def test_the_evaluated_model_is_the_generators_unless_named(tmp_path: Path):
+    config = load_run(RunRequest(file=str(_run_file(tmp_path, {"generate": {"engine": {"model": "some/model", "dtype": "float32"}}}))))
+    assert (config.evaluate.engine.model, config.evaluate.engine.dtype) == ("some/model", "float32")
 
 
 @pytest.mark.parametrize("mistake", [{"generate": {"m": 2}}, {"generate": {"engine": {"model": "./nowhere"}}}], ids=["file", "content"])

@@ -71,14 +71,18 @@ def submitted(run_file: Path, clean_environment: dict[str, str]) -> set[str]:
     """The dataset versions under the root after `ray job submit` on a head of its own."""
     port, dashboard = free_port(), free_port()
     temp = Path("/tmp") / f"ray-doors-{os.getpid()}"  # a socket's path has to be short
-    head = ["ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
-    call(*head, "--num-cpus=8", f"--temp-dir={temp}", "--object-store-memory=268435456", "--disable-usage-stats", env=clean_environment)
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += [f"--dashboard-port={dashboard}", "--num-cpus=8", f"--temp-dir={temp}", "--object-store-memory=268435456"]
+    head = subprocess.Popen([*command, "--disable-usage-stats"], env=clean_environment, stdout=subprocess.DEVNULL)
     try:
+        jobs = f"http://127.0.0.1:{dashboard}/api/jobs/"
+        wait_until(lambda: healthy(jobs, {"entrypoint": "true"}), "the head takes jobs", 120)
         job = ["ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--", str(BIN / "specmill"), "run", str(run_file)]
         said = call(*job, "--flow", "regenerate", env=clean_environment, seconds=600)
         assert "succeeded" in said and "32 made" in said, said[-3000:]
     finally:
-        subprocess.run([str(BIN / "ray"), "stop"], env=clean_environment, capture_output=True, timeout=120, check=False)
+        head.terminate()
+        head.wait(60)
         shutil.rmtree(temp, ignore_errors=True)
     return versions(run_file.parent / "root")
 
@@ -93,7 +97,7 @@ def server(clean_environment: dict[str, str], tmp_path_factory: pytest.TempPathF
         command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        wait_until(lambda: answers(environment), "the server answers", 180)
+        wait_until(lambda: healthy(environment["PREFECT_API_URL"] + "/health"), "the server answers", 180)
         call("prefect", "work-pool", "create", "local", "--type", "process", env=environment)
         call("prefect", "deploy", "--all", env=environment)
         yield environment
@@ -110,9 +114,9 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float) -> Any:
     return found
 
 
-def answers(environment: dict[str, str]) -> bool:
+def healthy(address: str, content: dict[str, str] | None = None) -> bool:
     try:
-        return httpx.get(environment["PREFECT_API_URL"] + "/health", timeout=5).status_code == 200
+        return httpx.request("POST" if content else "GET", address, json=content, timeout=30).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -145,12 +149,13 @@ def test_the_forms_explain_every_parameter(server: dict[str, str]) -> None:
         assert all(field["title"] and field["description"] for field in fields.values())
 
 
+@pytest.mark.parametrize("own_root", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["shared root", "own roots"])
 def test_a_ray_job_and_a_run_of_the_deployment_make_the_same_dataset(
-    submitted: set[str], server: dict[str, str], run_file: Path, tmp_path: Path
+    submitted: set[str], server: dict[str, str], run_file: Path, tmp_path: Path, own_root: bool
 ) -> None:
-    """Each on a root of its own, so that both really generate."""
+    """On one root the deployment finds what the job made; on a root of its own it makes the same again."""
     assert len(submitted) == 1
-    root = tmp_path / "root"
+    root = tmp_path / "root" if own_root else run_file.parent / "root"
     request = json.dumps({"file": str(run_file), "root": str(root)})
     call("prefect", "deployment", "run", "regenerate/regenerate", "--param", f"request={request}", env=server)
     worker = subprocess.Popen([str(BIN / "prefect"), "worker", "start", "--pool", "local"], env=server, cwd=ROOT)

@@ -235,7 +235,7 @@ def sft_config(stage: int) -> SftConfig:
     """The demo's run file, for two ranks and a toy."""
     training = {"zero_stage": stage, "learning_rate": 1e-3, "micro_batch_tokens": 64}
     changes = [f"sft.training.{name}={value}" for name, value in training.items()]
-    changes += ["sft.ranks=2", "sft.epochs=50", "sft.rows_per_step=6", "sft.save_every_steps=10"]
+    changes += ["sft.ranks=2", "sft.epochs=20", "sft.rows_per_step=6", "sft.save_every_steps=10"]
     return load_run(RunRequest(file=str(ROOT / "specs" / "runs" / "demo.yaml"), changes=changes)).sft
 
 
@@ -297,7 +297,7 @@ def wait_for_lines(path: Path, count: int, seconds: float = 200) -> None:
 @pytest.mark.slow
 def test_sft_learns_and_exports_a_model_that_transformers_loads(finished: Path) -> None:
     losses = losses_in(finished)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert load(finished).lm_head.weight.shape == (512, 128)
 
 
@@ -305,7 +305,7 @@ def test_sft_learns_and_exports_a_model_that_transformers_loads(finished: Path) 
 def test_a_finished_run_is_not_done_again_nor_replaced_by_another(finished: Path, rows_file: Path, toy: Path) -> None:
     before = (finished / "model.safetensors").stat().st_mtime_ns
     again = train_sft(str(rows_file), str(toy), str(finished), sft_config(2).model_copy(update={"save_every_steps": 7}))
-    assert again["step"] == 99 and (finished / "model.safetensors").stat().st_mtime_ns == before
+    assert again["step"] == 39 and (finished / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="another configuration"):
         train_sft(str(rows_file), str(toy), str(finished), sft_config(3))
 
@@ -349,7 +349,7 @@ def interrupt_main(rows: str, model: str, output: str) -> None:
             sys.exit(WORKERS_LEFT if alive else INTERRUPTED)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Path, rows_file: Path, toy: Path) -> None:
     output = finished.parent / "interrupted"
     run = output.parent / ".training" / output.name
@@ -362,7 +362,7 @@ def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Pat
     finally:
         driver.kill()
     done = (run / "metrics.jsonl").read_text().splitlines()
-    assert 10 <= len(done) < 100 and not output.exists()
+    assert 10 <= len(done) < 40 and not output.exists()
     train_sft(str(rows_file), str(toy), str(output), sft_config(2))
     # steps before the first checkpoint were not done again: their lines, with their timings, are the same
     assert (output / "metrics.jsonl").read_text().splitlines()[:10] == done[:10]
