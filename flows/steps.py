@@ -107,7 +107,8 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
         origin = {"dataset": f"{dataset.name}@{dataset.version}", "code": code_version()}
         found = ckpt.finish(store, id, "sft", recipe | origin, metrics)
         shutil.rmtree(path / ".training", ignore_errors=True)
-    run.note("sft", rows=table.num_rows, reused=int(found.reused), trained=int(not found.reused))
+    capability = table.num_rows - dataset.manifest["rows"]
+    run.note("sft", rows=table.num_rows, capability=capability, reused=int(found.reused), trained=int(not found.reused))
     return found
 
 

@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.dataset as ds
 import pytest
 import yaml
 from ray import cloudpickle
 
 from cluster.chat import Chat
-from cluster.engine import Completion, Engine, Sampling
+from cluster.engine import Completion, Engine, EngineConfig, Sampling
 from cluster.pool import Fleet, Pool
 from flows.config import RunRequest
 from flows.inspect import problems
@@ -144,6 +145,11 @@ class RecordingFleet(Fleet):
             return await stage(Recorder(engine, file), shard)
 
         return super().map(recorded, shards, *how)
+
+
+async def process_id(engine: Engine, shard: None) -> int:
+    """The process of an engine actor."""
+    return os.getpid()
 
 
 async def probe(engine: Engine, prompt: list[int]) -> Completion:
@@ -311,3 +317,20 @@ def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> N
     for stage in ("completions", "judgements", "rollouts"):
         keys = ds.dataset([str(file) for file in root.glob(f"{stage}/**/*.parquet")]).to_table(columns=["key"])["key"].to_pylist()
         assert len(keys) == len(set(keys)) > 0
+
+
+@pytest.mark.soak
+def test_a_restarted_engine_answers_with_the_weights_it_was_given(servers: None, tiny_model: str, scripted_model: str) -> None:
+    question = Chat(tiny_model).prompt([{"role": "user", "content": PROBE}])
+    config = EngineConfig(model=tiny_model, dtype="float32", max_model_len=512, kv_cache_gib=0.25)
+    with Pool(config, receives_weights=True) as pool:
+        fleet = pool.fleet()
+        ((_, untrained),) = fleet.map(probe, [question])
+        fleet.load_weights(scripted_model, 1)
+        ((_, before),) = fleet.map(probe, [question])
+        ((_, actor),) = fleet.map(process_id, [None])
+        family = [psutil.Process(actor), *psutil.Process(actor).children(recursive=True)]
+        family[0].kill()
+        ((_, after),) = fleet.map(probe, [question])
+        assert before.token_ids == after.token_ids != untrained.token_ids
+        assert psutil.wait_procs(family, timeout=60)[1] == [], "the dead engine left a process behind"
