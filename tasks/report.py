@@ -108,6 +108,8 @@ def _differences(evaluations: list[Evaluation]) -> str:
 def _points(difference: dict[str, float] | None) -> str:
     if difference is None:
         return "-"
+    if difference["low"] == difference["high"]:
+        return f"{100 * difference['value']:+.0f}, all groups alike"
     return f"{100 * difference['value']:+.0f} [{100 * difference['low']:+.0f}, {100 * difference['high']:+.0f}]"
 
 
