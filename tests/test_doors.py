@@ -69,10 +69,17 @@ def clean_environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def submitted(run_file: Path, clean_environment: dict[str, str]) -> set[str]:
     """The dataset versions under the root after `ray job submit` on a head of its own."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     temp = Path("/tmp") / f"ray-doors-{os.getpid()}"  # a socket's path has to be short
     command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    command += [f"--dashboard-port={dashboard}", "--num-cpus=8", f"--temp-dir={temp}", "--object-store-memory=268435456"]
+    # Beside another Ray on this machine an agent on the usual port would fail in silence, and no job could be submitted.
+    command += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        "--num-cpus=8",
+        f"--temp-dir={temp}",
+        "--object-store-memory=268435456",
+    ]
     head = subprocess.Popen([*command, "--disable-usage-stats"], env=clean_environment, stdout=subprocess.DEVNULL)
     try:
         jobs = f"http://127.0.0.1:{dashboard}/api/jobs/"
