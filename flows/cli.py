@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,6 +48,7 @@ def run(
 
     prepare(request)
     say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
+    interrupted = threading.Event()
     try:
         flows: dict[str, Callable[[RunRequest], object]] = {
             "factory": factory,
@@ -52,8 +56,11 @@ def run(
             "train": train,
             "evaluate": evaluate,
         }
-        flows[flow](request)
-    except KeyboardInterrupt:
+        with _ends_at_once(interrupted):
+            flows[flow](request)
+    except BaseException:
+        if not interrupted.is_set():
+            raise
         typer.echo("specmill: interrupted. Everything committed is kept; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
 
@@ -115,6 +122,23 @@ def main() -> None:
     except SpecmillError as error:
         typer.echo(f"specmill: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def _ends_at_once(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C reaches the ephemeral Prefect server too, which ends first; without this its client would ask for it for minutes."""
+    from prefect.settings import get_current_settings
+
+    def stop(number: int, frame: object) -> None:
+        interrupted.set()
+        get_current_settings().client.max_retries = 0
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _prefect_environment(root: str) -> None:
