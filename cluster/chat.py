@@ -41,6 +41,7 @@ class Chat:
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self.added = {token["content"]: int(token["id"]) for token in definition["added_tokens"]}
         self.control_ids = frozenset(int(token["id"]) for token in definition["added_tokens"] if token["special"])
+        self._borders = {id for content, id in self.added.items() if id not in self._plain.encode(content, add_special_tokens=False).ids}
 
     @property
     def hash(self) -> str:
@@ -54,7 +55,7 @@ class Chat:
         roles = ("user", "assistant", "user")
         rendered = self._render([{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)])
         after = rendered.partition(slots[1])[2].partition(slots[2])[0]
-        return next(token for token in self._border(after) if token in self.added.values())
+        return next(token for token in self._border(after) if token in self._borders)
 
     def text(self, text: str) -> list[int]:
         """Token ids of untrusted text; contains no control token, whatever the text spells."""
@@ -83,9 +84,9 @@ class Chat:
         return ids + self._border(rest)
 
     def _border(self, text: str) -> list[int]:
-        """What the template writes after a turn. Text becomes no added token, so one of them is a border that no text can imitate."""
+        """What the template writes after a turn; in it there has to be a token that no text can imitate."""
         ids: list[int] = self._control.encode(text, add_special_tokens=False).ids
-        if not set(self.added.values()).intersection(ids):
+        if not self._borders.intersection(ids):
             raise UserError(f"model {self.path}: its chat template parts turns by ordinary text ({text!r}), which a prompt could imitate.")
         return ids
 
