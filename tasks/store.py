@@ -202,8 +202,7 @@ class Ledger:
     def commit(self, shards: Iterable[Shard], lost: Iterable[str] = ()) -> None:
         """Appends one entry. Raises Conflict when another writer was faster: this one has lost its turn and must stop."""
         shards = list(shards)
-        if self._next is None:
-            self.survey()
+        number = sum(1 for _ in self.entries()) if self._next is None else self._next
         entry = {
             "version": 1,
             "stage": self.stage,
@@ -213,12 +212,12 @@ class Ledger:
             "time": time.time(),
         }
         try:
-            self.store.create(self._path(self._next or 0), json.dumps(entry, indent=1).encode())
+            self.store.create(self._path(number), json.dumps(entry, indent=1).encode())
         except Conflict:
             raise Conflict(
                 f"{self.stage}: another run writes to {self.store.root}; this one stops. Start it again when the other has ended."
             ) from None
-        self._next = (self._next or 0) + 1
+        self._next = number + 1
 
     def survey(self) -> tuple[list[Shard], list[str]]:
         """Shards that count and are there, and the paths of those that are gone and have to be made again.

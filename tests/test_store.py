@@ -51,6 +51,15 @@ def test_a_stale_writer_is_fenced_out(store: Store):
         one.commit([])
 
 
+def test_what_is_committed_after_a_survey_fences_its_writer_out(store: Store):
+    """It has planned on what it saw: the same keys may be in the other's shard."""
+    one = Ledger(store, "completions")
+    one.survey()
+    Ledger(store, "completions").commit([])
+    with pytest.raises(Conflict, match="another run"):
+        one.commit([])
+
+
 def test_a_lost_shard_is_surveyed_declared_and_made_again(store: Store):
     ledger = Ledger(store, "completions")
     shard = store.put_table("completions/shards", _table(range(3)))
