@@ -52,7 +52,8 @@ class Evaluation:
     id: str
     checkpoint: str
     metrics: dict[str, Any]
-    rows: list[dict[str, Any]]
+    file: str
+    """Its rows, one per prompt: path of a Parquet file under the root."""
     reused: bool
 
 
@@ -68,8 +69,7 @@ def find(store: Store, id: str, checkpoint: str) -> Evaluation | None:
     manifest = store.read_json(f"evaluations/{id}/manifest.json")
     if manifest is None:
         return None
-    rows = store.read_table(f"evaluations/{id}/{manifest['files'][0]['path']}").to_pylist()
-    return Evaluation(id, checkpoint, manifest["metrics"], rows, reused=True)
+    return Evaluation(id, checkpoint, manifest["metrics"], f"evaluations/{id}/{manifest['files'][0]['path']}", reused=True)
 
 
 def evaluate(
@@ -126,7 +126,7 @@ def evaluate(
         },
     }
     store.put(f"evaluations/{id}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-    return Evaluation(id, checkpoint, metrics, rows, reused=False)
+    return Evaluation(id, checkpoint, metrics, shard.path, reused=False)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

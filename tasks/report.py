@@ -29,7 +29,7 @@ def write_report(
 ) -> str:
     """Writes `runs/<id>/report.md` and `manifest.json`, shows the summary, returns the run's directory."""
     path = f"runs/{manifest['id']}"
-    text = markdown(manifest, dataset, checkpoints, evaluations)
+    text = markdown(store, manifest, dataset, checkpoints, evaluations)
     store.replace(f"{path}/report.md", text.encode())
     store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     if FlowRunContext.get():
@@ -44,7 +44,7 @@ def write_report(
     return store.path(path)
 
 
-def markdown(manifest: dict[str, Any], dataset: Dataset, checkpoints: list[Checkpoint], evaluations: list[Evaluation]) -> str:
+def markdown(store: Store, manifest: dict[str, Any], dataset: Dataset, checkpoints: list[Checkpoint], evaluations: list[Evaluation]) -> str:
     """The report as Markdown."""
     source = manifest["provenance"]
     by_category = _table(
@@ -73,7 +73,7 @@ the policy asks for. Text without any thought is judged as an answer; what holds
 
 Differences in percentage points, paired by prompt, with the 95 % interval of a bootstrap over scenario groups:
 
-{_differences(evaluations)}
+{_differences(store, evaluations)}
 
 Verdict as ideal, by category:
 
@@ -98,9 +98,9 @@ def _comparison(evaluations: list[Evaluation]) -> str:
     return _table(header, [[label, *(_rate(e.metrics[name]) for e in evaluations)] for name, label in RATES.items()])
 
 
-def _differences(evaluations: list[Evaluation]) -> str:
+def _differences(store: Store, evaluations: list[Evaluation]) -> str:
     pairs = list(pairwise(evaluations))
-    found = [compare(before.rows, after.rows) for before, after in pairs]
+    found = [compare(*(store.read_table(evaluation.file).to_pylist() for evaluation in pair)) for pair in pairs]
     header = ["", *(f"{after.checkpoint} - {before.checkpoint}" for before, after in pairs)]
     return _table(header, [[label, *(_points(differences.get(name)) for differences in found)] for name, label in RATES.items()])
 

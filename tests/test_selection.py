@@ -4,17 +4,26 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from cluster.engine import Completion
 from cluster.errors import SpecmillError
+from tasks.complete import seed_of
 from tasks.compose import SUBSCORES_BLIND, BlindCase, FullCase, generator_turns, judge_turns
+from tasks.evaluate import Evaluation
 from tasks.gates import REFUSAL_WORDS, GateConfig, answer_kind, gate, spec_ngrams
 from tasks.judge import parse_scores
 from tasks.keys import completion_key, judgement_key, request_prefix
 from tasks.policy import load_policy, render
 from tasks.prompts import Message
+from tasks.report import _differences
+from tasks.rollout import Drawn
 from tasks.select import Candidate, SelectConfig, funnel, require_kept, select
 from tasks.statistics import Proportion, clustered_mean
+from tasks.store import Store
+from tasks.tables import EVALUATIONS
+from tasks.thoughts import Malformed
 
 POLICY = load_policy("specs/policies/base")
 SPEC = render(POLICY, "violence")
@@ -102,6 +111,24 @@ def test_refusals_are_found_where_people_found_them(test_data: Path):
     short = [row for row in rows if row["human_score"] == "0" or len(row["assistant_response"].split()) <= REFUSAL_WORDS]
     agreed = [(answer_kind(row["assistant_response"]) == "refusal") == (row["human_score"] == "1") for row in short]
     assert len(short) > 50 and sum(agreed) / len(short) > 0.9
+
+
+def test_the_rollouts_of_a_group_meet_the_judge_with_different_seeds():
+    drawn = [Drawn("p1", sample, sample, [], Completion([], "stop", 0, 0), "", Malformed("no_thought")) for sample in range(4)]
+    assert len({seed_of(0, completion.name, 0) for completion in drawn}) == 4
+
+
+def test_the_report_pairs_evaluations_by_prompt(tmp_path: Path):
+    store, found = Store(str(tmp_path)), []
+    for checkpoint, formats in (("base", (None, "no_thought")), ("sft", (None, None))):
+        rows = [
+            {"prompt_id": f"p{number}", "group": f"g{number}", "ideal_verdict": "comply", "finish_reason": "stop", "malformed": malformed}
+            for number, malformed in enumerate(formats)
+        ]
+        file = store.put_table(f"evaluations/{checkpoint}", pa.Table.from_pylist(rows[:: 1 if found else -1], schema=EVALUATIONS))
+        found.append(Evaluation(checkpoint, checkpoint, {}, file.path, reused=False))
+    table = _differences(store, found)
+    assert "sft - base" in table and "+50 [+0, +100]" in table and "+0, all groups alike" in table
 
 
 def test_a_difference_is_resampled_by_scenario_group():
