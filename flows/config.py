@@ -26,7 +26,7 @@ class RunConfig(Strict):
 
     version: Literal[1] = Field(1, title="Version", description="Version of the run file's format.")
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", title="Name", description="Names the dataset and the report.")
-    root: str = Field("./out", title="Root", description="Where everything is written: a directory or an fsspec URL.")
+    root: str = Field("./out", title="Root", description="Where everything is written: a directory.")
     policy: str = Field("specs/policies/base", title="Policy", description="Policy bundle, relative to the run file that names it.")
     prompts: str = Field("specs/prompts", title="Prompts", description="JSONL file or directory, relative to the file that names it.")
     generate: GenerateConfig = Field(GenerateConfig(), title="Generate")
