@@ -44,8 +44,8 @@ def run_workers(
     storage: str,
     name: str,
     max_failures: int = 2,
-) -> dict[str, Any]:
-    """Calls `loop(config)` on `ranks` workers and returns the metrics of the last checkpoint that the loop reported.
+) -> None:
+    """Calls `loop(config)` on `ranks` workers and returns when it has returned on all of them.
 
     `storage` is a directory that all nodes see, or a URI; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
     have another working directory, so paths in `config` are absolute. A worker that dies restarts the whole group, at most
@@ -84,13 +84,12 @@ def run_workers(
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
     except TrainingFailedError as error:
         raise _translated(name, error) from error
     except BaseException:
         trainer.stop_workers()
         raise
-    return dict(result.metrics or {})
 
 
 def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ class TrainingConfig(BaseModel):
             # torch's AdamW: DeepSpeed's own would be compiled first, on a GPU by nvcc.
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": True},
+                "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": True, "fused": True},
             },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,

@@ -1,6 +1,7 @@
 """The command `specmill`."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -132,6 +133,7 @@ def _ends_at_once(interrupted: threading.Event) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         interrupted.set()
         get_current_settings().client.max_retries = 0
+        logging.getLogger("EventsWorker").disabled = True  # it would mourn, after our last word, the events that it cannot deliver
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, stop)

@@ -34,7 +34,7 @@ from tasks.prompts import Prompt
 from tasks.rollout import Drawn, DrawShard, blind_shards, draw, in_parts, reward, verdicts_of
 from tasks.store import Ledger, Store
 from tasks.thoughts import Malformed
-from tasks.training_log import append_line, followed, keep_lines
+from tasks.training_log import append_line, followed, keep_lines, last_line
 from tasks.validation import Strict
 
 STAGE = "rollouts"
@@ -105,7 +105,7 @@ def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict
     """Runs the job on Ray Train; the same storage continues an interrupted one. Returns the last step's metrics."""
     config = job.config
     with followed(_log(job), config.steps, progress or Progress("rl", "steps")):
-        return run_workers(
+        run_workers(
             rl_loop,
             {"job": job},
             ranks=config.ranks,
@@ -114,6 +114,7 @@ def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict
             storage=storage,
             name="train",
         )
+    return last_line(_log(job))
 
 
 def rl_loop(config: dict[str, Any]) -> None:
@@ -144,7 +145,8 @@ def rl_loop(config: dict[str, Any]) -> None:
         }
         if engine.rank == 0:
             append_line(_log(job), metrics)
-        report(metrics, engine, {"step": step + 1})
+        if step + 1 < settings.steps:  # what follows the last step is the export
+            report(metrics, engine, {"step": step + 1})
     engine.export(job.output)
 
 

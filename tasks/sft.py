@@ -20,7 +20,7 @@ from cluster.training import report, resume, run_workers
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, step_rows, steps_per_epoch
 from tasks.progress import Progress
-from tasks.training_log import append_line, followed, keep_lines
+from tasks.training_log import append_line, followed, keep_lines, last_line
 
 UNIMPORTANT = {"ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps"}
 """Fields that leave the result as it is: they may change between an interruption and its continuation."""
@@ -57,16 +57,14 @@ def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig, p
     identity = json.dumps(_identity(rows_path, model_path, config), indent=1)
     rows = _read_rows(rows_path).num_rows
     if _claims(target, identity):
-        lines = (target / "metrics.jsonl").read_text().splitlines()
-        finished: dict[str, Any] = json.loads(lines[-1])
-        return finished
+        return last_line(target / "metrics.jsonl")
     run = storage / target.name
     if not _claims(run, identity):
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(identity)
     total = config.epochs * steps_per_epoch(rows, config.rows_per_step)
     with followed(run / "metrics.jsonl", total, progress or Progress("sft", "steps")):
-        return run_workers(
+        run_workers(
             sft_loop,
             {
                 "rows_path": str(Path(rows_path).absolute()),
@@ -81,6 +79,7 @@ def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig, p
             storage=str(storage),
             name=target.name,
         )
+    return last_line(target / "metrics.jsonl")
 
 
 def sft_loop(config: dict[str, Any]) -> None:
@@ -108,7 +107,7 @@ def sft_loop(config: dict[str, Any]) -> None:
         line = {"step": step, "epoch": epoch, **metrics, "tokens_per_second": seen / (time.perf_counter() - started)}
         if engine.rank == 0:
             append_line(metrics_file, line)
-        if (step + 1) % sft.save_every_steps == 0 or step + 1 == total:
+        if (step + 1) % sft.save_every_steps == 0 and step + 1 < total:  # what follows the last step is the export
             report(line, engine, {"step": step + 1})
     engine.export(config["output"], beside=[metrics_file, run / "run.json"])
 

@@ -25,6 +25,11 @@ def keep_lines(path: Path, steps: int) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in _lines(path) if line["step"] < steps))
 
 
+def last_line(path: Path) -> dict[str, Any]:
+    """The metrics of the last step."""
+    return _lines(path)[-1]
+
+
 @contextmanager
 def followed(path: Path, total: int, progress: Progress) -> Iterator[None]:
     """While inside, shows the lines of `path` as progress towards `total` steps, with the last step's loss or reward."""

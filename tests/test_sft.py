@@ -1,0 +1,201 @@
+"""SFT on a real worker group: it learns, restarts by itself, is interrupted and goes on; vLLM loads what it exports.
+
+Run as a program, this file is a driver to be interrupted, or a vLLM engine that loads checkpoints.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.errors import UserError
+from flows.config import RunRequest, load_run
+from tasks.sft import SftConfig, train_sft
+
+ROOT = Path(__file__).parent.parent
+PROMPT = [7, 8, 9]
+INTERRUPTED, WORKERS_LEFT = 77, 78
+VLLM_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+# Ray Train looks for new checkpoints every two seconds, in which a toy run is over.
+RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
+
+def sft_config(stage: int) -> SftConfig:
+    """The demo's run file, for two ranks and a toy."""
+    training = {"zero_stage": stage, "learning_rate": 1e-3, "micro_batch_tokens": 64}
+    changes = [f"sft.training.{name}={value}" for name, value in training.items()]
+    changes += ["sft.ranks=2", "sft.epochs=20", "sft.rows_per_step=6", "sft.save_every_steps=10"]
+    return load_run(RunRequest(file=str(ROOT / "specs" / "runs" / "demo.yaml"), changes=changes)).sft
+
+
+def load(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows: with six a step and fifty epochs, a hundred steps."""
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(6, 30, (12,), generator=generator).tolist()
+    ids = [torch.randint(5, 500, (length,), generator=generator).tolist() for length in lengths]
+    columns = {"input_ids": pa.array(ids, pa.list_(pa.int32())), "prompt_length": pa.array([3] * 12, pa.int32())}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    from cluster.session import ray_session
+
+    os.environ |= RAY_ENVIRONMENT
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: None, rows_file: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of an undisturbed run at ZeRO-2."""
+    output = tmp_path_factory.mktemp("sft") / "undisturbed"
+    train_sft(str(rows_file), str(toy), str(output), sft_config(2))
+    return output
+
+
+def losses_in(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(40))
+    return [line["loss"] for line in lines]
+
+
+def train_workers() -> list[psutil.Process]:
+    """The Ray Train workers below this process."""
+    return [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for_lines(path: Path, count: int, seconds: float = 200) -> None:
+    """Waits until a file has that many lines, the last perhaps without its end."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and len(path.read_text().splitlines()) >= count):
+        assert time.monotonic() < deadline, f"{path} never had {count} lines"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_sft_learns_and_exports_a_model_that_transformers_loads(finished: Path) -> None:
+    losses = losses_in(finished)
+    assert losses[-1] < 0.7 * losses[0]
+    assert load(finished).lm_head.weight.shape == (512, 128)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_done_again_nor_replaced_by_another(finished: Path, rows_file: Path, toy: Path) -> None:
+    before = (finished / "model.safetensors").stat().st_mtime_ns
+    again = train_sft(str(rows_file), str(toy), str(finished), sft_config(2).model_copy(update={"save_every_steps": 7}))
+    assert again["step"] == 39 and (finished / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="another configuration"):
+        train_sft(str(rows_file), str(toy), str(finished), sft_config(3))
+
+
+@pytest.mark.slow
+def test_zero_3_with_a_killed_worker_ends_where_undisturbed_zero_2_does_and_vllm_loads_both(
+    finished: Path, rows_file: Path, toy: Path
+) -> None:
+    output = finished.parent / "killed"
+
+    def kill_one() -> None:
+        wait_for_lines(output.parent / ".training" / output.name / "metrics.jsonl", 15)
+        train_workers()[-1].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    metrics = train_sft(str(rows_file), str(toy), str(output), sft_config(3))
+    killer.join()
+    assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-4)
+    assert metrics["loss"] == losses_in(output)[-1]
+    ours, theirs = load(output).state_dict(), load(finished).state_dict()
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-3 for name in theirs)
+    command = [sys.executable, __file__, "generate", str(finished.parent / "drawn.json"), str(finished), str(output)]
+    subprocess.run(command, env={**os.environ, **VLLM_ENVIRONMENT}, check=True, timeout=280)
+    for path, drawn in zip((finished, output), json.loads((finished.parent / "drawn.json").read_text()), strict=True):
+        ids = list(PROMPT)
+        with torch.no_grad():
+            for _ in drawn:
+                ids.append(int(load(path)(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert drawn == ids[len(PROMPT) :], "vLLM and transformers read the export alike"
+
+
+def interrupt_main(rows: str, model: str, output: str) -> None:
+    """A driver that is interrupted: its exit code says whether it noticed, and whether workers survived."""
+    from cluster.session import ray_session
+
+    with ray_session():
+        try:
+            train_sft(rows, model, output, sft_config(2))
+        except KeyboardInterrupt:
+            _, alive = psutil.wait_procs(train_workers(), timeout=5)
+            sys.exit(WORKERS_LEFT if alive else INTERRUPTED)
+
+
+@pytest.mark.soak
+def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Path, rows_file: Path, toy: Path) -> None:
+    output = finished.parent / "interrupted"
+    run = output.parent / ".training" / output.name
+    command = [sys.executable, __file__, "interrupt", str(rows_file), str(toy), str(output)]
+    driver = subprocess.Popen(command, env={**os.environ, **RAY_ENVIRONMENT})
+    try:
+        wait_for_lines(run / "checkpoint_manager_snapshot.json", 1)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(timeout=120) == INTERRUPTED
+    finally:
+        driver.kill()
+    done = (run / "metrics.jsonl").read_text().splitlines()
+    assert 10 <= len(done) < 40 and not output.exists()
+    train_sft(str(rows_file), str(toy), str(output), sft_config(2))
+    # steps before the first checkpoint were not done again: their lines, with their timings, are the same
+    assert (output / "metrics.jsonl").read_text().splitlines()[:10] == done[:10]
+    assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-6)
+
+
+def generate_main(output: str, *models: str) -> None:
+    """Loads checkpoints in vLLM, one after the other, and writes the greedy continuation of each."""
+    from vllm import LLM, SamplingParams
+
+    params = SamplingParams(max_tokens=8, temperature=0, detokenize=False, ignore_eos=True)
+    drawn = []
+    for model in models:
+        engine = LLM(model=model, skip_tokenizer_init=True, dtype="float32", max_model_len=128, max_num_seqs=4, enforce_eager=True)
+        (request,) = engine.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+        drawn.append(list(request.outputs[0].token_ids))
+        del engine
+    Path(output).write_text(json.dumps(drawn))
+
+
+if __name__ == "__main__":
+    {"generate": generate_main, "interrupt": interrupt_main}[sys.argv[1]](*sys.argv[2:])
