@@ -40,6 +40,8 @@ from tasks.validation import Strict
 STAGE = "rollouts"
 FLOOR = 0.0
 """Reward of a completion that no judge is shown: truncated, or without exactly one closed thought."""
+PROBE_TOKENS = 16
+"""How many tokens of each engine tell whether it took the last weights."""
 
 
 class RlTrainingConfig(TrainingConfig):
@@ -135,7 +137,7 @@ def rl_loop(config: dict[str, Any]) -> None:
         collected = time.monotonic()
         batches, signal = _batches(rows, settings, engine)
         metrics = engine.step(batches, _loss(engine, batches, settings))
-        _verify_sync(metrics, job.sync_tolerance, step)
+        _verify_sync(metrics["rollout_mismatch"], job.sync_tolerance, step)
         scores = [row["reward"] for row in rows if row["reward"] is not None]
         metrics |= signal | {
             "step": step,
@@ -143,6 +145,9 @@ def rl_loop(config: dict[str, Any]) -> None:
             "rollout_seconds": collected - started,
             "train_seconds": time.monotonic() - collected,
         }
+        if step + 1 == settings.steps:
+            metrics["last_push_mismatch"] = _last_push(job, engine)
+            _verify_sync(metrics["last_push_mismatch"], job.sync_tolerance, step + 1)
         if engine.rank == 0:
             append_line(_log(job), metrics)
         if step + 1 < settings.steps:  # what follows the last step is the export
@@ -256,12 +261,45 @@ def _loss(engine: TrainingEngine, batches: list[MicroBatch], settings: RlConfig)
     return loss
 
 
-def _verify_sync(metrics: dict[str, float], tolerance: float, step: int) -> None:
+def _last_push(job: RlJob, engine: TrainingEngine) -> float:
+    """Pushes the final weights and returns the mean difference of log-probabilities on a few tokens of each engine.
+
+    No step draws rollouts under these weights, so no step would notice that the engines did not take them.
+    """
+    write_weights(job.weights_file, engine.named_weights(), engine.rank)
+    rows: list[Row] = _agree(_probe(job) if engine.rank == 0 else None)
+    batches = micro_batches(rows, job.config.training.micro_batch_tokens, engine.rank, engine.world_size)
+
+    def difference(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        logp = token_logprobs(logits, batch.targets, job.config.temperature)
+        return torch.stack([((logp - batch.values["rollout"]).abs() * batch.mask).sum(), batch.mask.sum()]).double()
+
+    total = torch.stack(engine.evaluate(batches, difference)).sum(0)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _probe(job: RlJob) -> list[Row]:
+    """What each engine draws, with its log-probabilities, under the weights that lie in the file."""
+    settings = job.config
+    job.policy.load_weights(job.weights_file, settings.steps)
+    length = min(PROBE_TOKENS, settings.max_tokens)
+    shards = [
+        DrawShard(job.start_path, (prompt,), 1, length, settings.temperature, settings.seed)
+        for prompt in step_prompts(job.prompts, settings.steps, len(job.policy.actors), settings.seed)
+    ]
+    drawn = [answer for _, answers in job.policy.map(draw, shards, 1) for answer in answers]
+    return [
+        Row([*answer.prompt_ids, *answer.completion.token_ids], len(answer.prompt_ids), {"rollout": answer.completion.logprobs})
+        for answer in drawn
+    ]
+
+
+def _verify_sync(mismatch: float, tolerance: float, step: int) -> None:
     """The engine must have sampled with the trainer's weights: a stale or half-loaded engine shows in the log-probabilities."""
-    mismatch = metrics.get("rollout_mismatch", 0.0)
     if mismatch > tolerance:
         raise SpecmillError(
-            f"RL step {step + 1}: engine and trainer disagree by {mismatch:.2e} per token (rl.sync_tolerance: {tolerance:.0e}). "
+            f"RL weights of version {step}: engine and trainer disagree by {mismatch:.2e} per token (rl.sync_tolerance: {tolerance:.0e}). "
             "The engine did not take the weights, or its precision is lower than the trainer's."
         )
 

@@ -56,9 +56,9 @@ def scripted_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) ->
     script = [*thoughts.join(CANARY, ANSWER, chat), chat.end_of_turn]
     asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in loaded.prompts if prompt.category in CATEGORIES]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
     targets = torch.tensor(script)
-    for step in range(400):
+    for step in range(200):
         ids = torch.tensor([asked[step % len(asked)] + script])
         loss = torch.nn.functional.cross_entropy(model(ids, logits_to_keep=len(script) + 1).logits[0, :-1], targets)
         optimiser.zero_grad()
@@ -221,6 +221,7 @@ def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, 
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
+    assert [line.get("last_push_mismatch", 1.0) <= 5e-5 for line in lines] == [False, True]
     assert any(line["effective_groups"] for line in lines)
     weights = {json.loads(file.read_text())["weights"] for file in (chain["root"] / "checkpoints").glob("*/manifest.json")}
     assert len(weights) == 2

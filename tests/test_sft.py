@@ -26,6 +26,7 @@ from tasks.sft import SftConfig, train_sft
 
 ROOT = Path(__file__).parent.parent
 PROMPT = [7, 8, 9]
+STEPS, SAVED = 32, 8
 INTERRUPTED, WORKERS_LEFT = 77, 78
 VLLM_ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
@@ -42,7 +43,7 @@ def sft_config(stage: int) -> SftConfig:
     """The demo's run file, for two ranks and a toy."""
     training = {"zero_stage": stage, "learning_rate": 1e-3, "micro_batch_tokens": 64}
     changes = [f"sft.training.{name}={value}" for name, value in training.items()]
-    changes += ["sft.ranks=2", "sft.epochs=20", "sft.rows_per_step=6", "sft.save_every_steps=10"]
+    changes += ["sft.ranks=2", f"sft.epochs={STEPS // 2}", "sft.rows_per_step=6", f"sft.save_every_steps={SAVED}"]
     return load_run(RunRequest(file=str(ROOT / "specs" / "runs" / "demo.yaml"), changes=changes)).sft
 
 
@@ -54,7 +55,7 @@ def load(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rows: with six a step and fifty epochs, a hundred steps."""
+    """Twelve rows: two steps of six an epoch."""
     path = tmp_path_factory.mktemp("rows") / "rows.parquet"
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(6, 30, (12,), generator=generator).tolist()
@@ -83,7 +84,7 @@ def finished(ray_cluster: None, rows_file: Path, toy: Path, tmp_path_factory: py
 
 def losses_in(output: Path) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(40))
+    assert [line["step"] for line in lines] == list(range(STEPS))
     return [line["loss"] for line in lines]
 
 
@@ -118,7 +119,7 @@ def test_sft_learns_and_exports_a_model_that_transformers_loads(finished: Path) 
 def test_a_finished_run_is_not_done_again_nor_replaced_by_another(finished: Path, rows_file: Path, toy: Path) -> None:
     before = (finished / "model.safetensors").stat().st_mtime_ns
     again = train_sft(str(rows_file), str(toy), str(finished), sft_config(2).model_copy(update={"save_every_steps": 7}))
-    assert again["step"] == 39 and (finished / "model.safetensors").stat().st_mtime_ns == before
+    assert again["step"] == STEPS - 1 and (finished / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="another configuration"):
         train_sft(str(rows_file), str(toy), str(finished), sft_config(3))
 
@@ -130,7 +131,7 @@ def test_zero_3_with_a_killed_worker_ends_where_undisturbed_zero_2_does_and_vllm
     output = finished.parent / "killed"
 
     def kill_one() -> None:
-        wait_for_lines(output.parent / ".training" / output.name / "metrics.jsonl", 15)
+        wait_for_lines(output.parent / ".training" / output.name / "metrics.jsonl", SAVED + 4)
         train_workers()[-1].kill()
 
     killer = threading.Thread(target=kill_one)
@@ -176,10 +177,10 @@ def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Pat
     finally:
         driver.kill()
     done = (run / "metrics.jsonl").read_text().splitlines()
-    assert 10 <= len(done) < 40 and not output.exists()
+    assert SAVED <= len(done) < STEPS and not output.exists()
     train_sft(str(rows_file), str(toy), str(output), sft_config(2))
     # steps before the first checkpoint were not done again: their lines, with their timings, are the same
-    assert (output / "metrics.jsonl").read_text().splitlines()[:10] == done[:10]
+    assert (output / "metrics.jsonl").read_text().splitlines()[:SAVED] == done[:SAVED]
     assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-6)
 
 
