@@ -1,7 +1,6 @@
 """The command `specmill`."""
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -133,7 +132,6 @@ def _ends_at_once(interrupted: threading.Event) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         interrupted.set()
         get_current_settings().client.max_retries = 0
-        logging.getLogger("EventsWorker").disabled = True  # it would mourn, after our last word, the events that it cannot deliver
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, stop)
@@ -152,6 +150,7 @@ def _prefect_environment(root: str) -> None:
         home.mkdir(parents=True, exist_ok=True)  # Prefect's server does not make it, and never says so
         os.environ.setdefault("PREFECT_HOME", str(home))
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
