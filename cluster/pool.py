@@ -207,10 +207,10 @@ class Pool:
         """Ends the engines and frees their memory."""
         if self._fleet is None:
             return
-        for actor in self._fleet.actors:
+        for actor, stopped in [(actor, actor.stop.remote()) for actor in self._fleet.actors]:
             # It may be dead already, and one that does not answer is killed in the next line.
             with suppress(RayActorError, ray.exceptions.GetTimeoutError):
-                ray.get(actor.stop.remote(), timeout=20)
+                ray.get(stopped, timeout=20)
             ray.kill(actor)
         self._fleet = None
 
