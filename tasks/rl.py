@@ -297,7 +297,7 @@ def _probe(job: RlJob) -> list[Row]:
 
 def _verify_sync(mismatch: float, tolerance: float, step: int) -> None:
     """The engine must have sampled with the trainer's weights: a stale or half-loaded engine shows in the log-probabilities."""
-    if mismatch > tolerance:
+    if not mismatch <= tolerance:  # a NaN is no agreement either
         raise SpecmillError(
             f"RL weights of version {step}: engine and trainer disagree by {mismatch:.2e} per token (rl.sync_tolerance: {tolerance:.0e}). "
             "The engine did not take the weights, or its precision is lower than the trainer's."
