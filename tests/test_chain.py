@@ -233,10 +233,12 @@ def test_the_judge_of_rl_never_reads_a_thought(chain: dict[str, Any], scripted_m
     files = [shard.path for shard in Ledger(Store(str(chain["root"])), f"rollouts/{path.name}").survey()[0]]
     rollouts = ds.dataset([str(chain["root"] / file) for file in files]).to_table().to_pylist()
     assert len(rollouts) == 32
-    judged = [chat.decode(row["token_ids"]) for row in rollouts if row["verdicts"]]
-    assert sum(CANARY in text for text in judged) > 16
+    judged = [thoughts.split(row["token_ids"], chat) for row in rollouts if row["verdicts"]]
+    assert len(judged) > 16 and all(isinstance(parts, thoughts.Parts) and parts.thought for parts in judged)
+    assert sum(CANARY in parts.thought for parts in judged) > 16
     read = [chat.decode(ids) for ids in chain["requests"]]
-    assert len(read) >= len(judged) and sum(ANSWER in text for text in read) > 16
+    assert len(read) >= len(judged) and all(any(json.dumps(parts.answer) in text for text in read) for parts in judged)
+    assert not any(parts.thought in text for parts in judged for text in read), "whatever was thought, canary or not"
     assert not any(CANARY in text or "zebra" in text for text in read)
 
 
