@@ -17,57 +17,51 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, set(mine))
 
 
+def save_llama(path: Path, **sizes: int | None) -> None:
+    """Writes a seeded two-layer Llama with tied embeddings in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(num_hidden_layers=2, tie_word_embeddings=True, dtype="float32", intermediate_size=128, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(path)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of a seeded two-layer Llama with tied embeddings in float32, with the default model's tokenizer and template."""
-    import torch
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+    """The path of a small Llama with the default model's tokenizer and template."""
+    from transformers import AutoConfig
 
     parent = Path(resolve_model("default").path)
     tokens = AutoConfig.from_pretrained(parent)
-    config = LlamaConfig(
-        vocab_size=tokens.vocab_size,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-        max_position_embeddings=tokens.max_position_embeddings,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
     path = tmp_path_factory.mktemp("tiny-model")
-    model.save_pretrained(path)
+    names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    parents = {name: getattr(tokens, name) for name in names}
+    save_llama(path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, **parents)
     copy_tokenizer(parent, path)
     return str(path)
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seeded two-layer Llama with tied embeddings and 512 tokens."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A small Llama with 512 tokens and no tokenizer."""
     path = tmp_path_factory.mktemp("toy")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    save_llama(path, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, max_position_embeddings=256)
     return path
+
+
+@pytest.fixture(scope="session")
+def vllm_environment() -> dict[str, str]:
+    """The environment of a program that imports this project and runs vLLM in its own process."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 @pytest.fixture(scope="session")

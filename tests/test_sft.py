@@ -28,13 +28,6 @@ ROOT = Path(__file__).parent.parent
 PROMPT = [7, 8, 9]
 STEPS, SAVED = 32, 8
 INTERRUPTED, WORKERS_LEFT = 77, 78
-VLLM_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 # Ray Train looks for new checkpoints every two seconds, in which a toy run is over.
 RAY_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
@@ -126,7 +119,7 @@ def test_a_finished_run_is_not_done_again_nor_replaced_by_another(finished: Path
 
 @pytest.mark.slow
 def test_zero_3_with_a_killed_worker_ends_where_undisturbed_zero_2_does_and_vllm_loads_both(
-    finished: Path, rows_file: Path, toy: Path
+    finished: Path, rows_file: Path, toy: Path, vllm_environment: dict[str, str]
 ) -> None:
     output = finished.parent / "killed"
 
@@ -143,7 +136,7 @@ def test_zero_3_with_a_killed_worker_ends_where_undisturbed_zero_2_does_and_vllm
     ours, theirs = load(output).state_dict(), load(finished).state_dict()
     assert all((ours[name] - theirs[name]).abs().max() < 1e-3 for name in theirs)
     command = [sys.executable, __file__, "generate", str(finished.parent / "drawn.json"), str(finished), str(output)]
-    subprocess.run(command, env={**os.environ, **VLLM_ENVIRONMENT}, check=True, timeout=280)
+    subprocess.run(command, env=vllm_environment, check=True, timeout=280)
     for path, drawn in zip((finished, output), json.loads((finished.parent / "drawn.json").read_text()), strict=True):
         ids = list(PROMPT)
         with torch.no_grad():

@@ -22,13 +22,6 @@ from tasks.losses import nll, token_logprobs
 ROOT = Path(__file__).parent.parent
 ROWS = [Row(list(range(9, 9 + length)), prompt) for length, prompt in ((20, 5), (18, 10), (30, 4), (9, 3))]
 BUDGET = 40
-VLLM_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def logits_of(model: Any, rows: list[Row]) -> Tensor:
@@ -169,10 +162,12 @@ def transfer_main(model: str, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_vllm_agrees_with_the_trainer_after_each_transfer_and_not_before(toy: Path, tmp_path: Path) -> None:
+def test_vllm_agrees_with_the_trainer_after_each_transfer_and_not_before(
+    toy: Path, tmp_path: Path, vllm_environment: dict[str, str]
+) -> None:
     """In float32, per token. The tied output layer is where a transfer goes wrong without a trace on a CPU."""
     command = [sys.executable, __file__, "transfer", str(toy), str(tmp_path)]
-    subprocess.run(command, env={**os.environ, **VLLM_ENVIRONMENT}, check=True, timeout=280)
+    subprocess.run(command, env=vllm_environment, check=True, timeout=280)
     seen = json.loads((tmp_path / "mismatch.json").read_text())
     assert all(mean <= 5e-5 and largest <= 1e-3 for mean, largest in seen["fresh"] + seen["synced"])
     assert all(stale[0] >= 20 * synced[0] for stale, synced in zip(seen["stale"], seen["synced"], strict=True))
