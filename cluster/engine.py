@@ -7,10 +7,30 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class EngineConfig(BaseModel):
-    """How one model is served. Fields that are not part of a result's identity: everything but `model` and `revision`."""
+class FakeConfig(BaseModel):
+    """What the fake engine does. Shares are of requests, chosen by the seed; a request that is asked again meets another fate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(0, title="Seed", description="Chooses texts, latencies and faults.")
+    start_seconds: float = Field(0, ge=0, title="Start", description="How long the engine takes to start.")
+    latency_seconds: float = Field(0, ge=0, title="Latency", description="Median time of an answer.")
+    latency_spread: float = Field(0.3, ge=0, title="Spread", description="Standard deviation of the logarithm of the latency.")
+    drop: float = Field(0, ge=0, le=1, title="Dropped", description="Share of requests whose connection is dropped.")
+    error: float = Field(0, ge=0, le=1, title="Errors", description="Share of requests answered with status 500.")
+    hang: float = Field(0, ge=0, le=1, title="Hanging", description="Share of requests that are never answered.")
+    malformed: float = Field(0, ge=0, le=1, title="Malformed", description="Share of answers that ignore grammar and schema.")
+    die_at: int | None = Field(None, ge=1, title="Death", description="The engine dies at this request, each time it was started.")
+    die_on: str | None = Field(None, min_length=1, title="Deadly text", description="A prompt that holds this text kills the engine.")
+
+
+class EngineConfig(BaseModel):
+    """How one model is served. Fields that are not part of a result's identity: everything but `model`, `revision` and a fake's `seed`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: Literal["vllm", "fake"] = Field("vllm", title="Backend", description="`vllm`, or `fake`: no model, for tests of the machine.")
+    fake: FakeConfig = Field(FakeConfig(), title="Fake", description="What a fake engine does.")
 
     model: str = Field("default", title="Model", description="`default` (SmolLM2-135M), a checkpoint directory, or a hub id.")
     revision: str | None = Field(None, title="Revision", description="A hub commit; read from the weights when left out.")
@@ -20,6 +40,11 @@ class EngineConfig(BaseModel):
     kv_cache_gib: float = Field(1.0, gt=0, title="KV cache", description="Memory for keys and values, in GiB (CPU engines).")
     engines: int = Field(1, ge=1, title="Engines", description="Number of engines; on a CPU, one per core is fastest.")
     gpus: float = Field(0, ge=0, title="GPUs per engine", description="0 runs on CPU; a fraction lets engines share a GPU.")
+    attempts: int = Field(5, ge=1, title="Attempts", description="Tries of a request that is not answered, before its row is quarantined.")
+    request_seconds: float = Field(3600, gt=0, title="Request time", description="A request that takes longer is asked again.")
+    stuck_seconds: float = Field(
+        900, gt=0, title="Stuck", description="An engine that answers nothing for so long, with requests to answer, is started again."
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, title="GPU memory", description="Share of the GPU's memory for this engine; engines that share one add up to 1."
     )
@@ -48,6 +73,10 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
 
 
+class Unavailable(Exception):
+    """This request was not answered, another attempt may be: a dropped connection, an overloaded server."""
+
+
 class EngineDied(Exception):
     """The engine's process is gone; no later request can be answered."""
 
@@ -56,5 +85,5 @@ class Engine(Protocol):
     """One served model."""
 
     async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
-        """Draws one completion of a prompt given as token ids. Raises ValueError for a request it refuses, and EngineDied."""
+        """Draws one completion of a prompt given as token ids. Raises ValueError for a request it refuses, Unavailable, and EngineDied."""
         ...

@@ -66,6 +66,21 @@ def run(
 
 
 @app.command()
+def plan(
+    file: Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")],
+    root: Annotated[str | None, typer.Option(help="Look here instead of in the run file's root.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")] = None,
+) -> None:
+    """Shows what a run would reuse and make, why, and what it will cost. Starts nothing and writes nothing."""
+    from flows.config import RunRequest
+    from flows.plan import describe_plan
+    from flows.plan import plan as make_plan
+    from flows.workspace import prepare
+
+    typer.echo(describe_plan(*make_plan(prepare(RunRequest(file=file, root=root, changes=set_ or [])))))
+
+
+@app.command()
 def show(
     path: Annotated[str, typer.Argument(help="A run, dataset, checkpoint or evaluation directory.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,

@@ -110,7 +110,7 @@ def _name_evaluated_model(content: dict[str, Any]) -> None:
     if isinstance(served, dict) and isinstance(evaluated, dict):
         engine = evaluated.setdefault("engine", {})
         if isinstance(engine, dict):
-            for name in ("model", "revision", "dtype"):
+            for name in ("model", "revision", "dtype", "backend", "fake"):
                 if name in served:
                     engine.setdefault(name, served[name])
 

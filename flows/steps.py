@@ -22,6 +22,7 @@ from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
 from tasks.store import Ledger, Store
 from tasks.training_rows import training_rows
+from tasks.work import run_shards
 
 
 @task(name="complete", cache_policy=NO_CACHE)
@@ -31,12 +32,12 @@ def complete_step(run: Workspace) -> None:
     ledger = Ledger(store, complete.STAGE)
     wanted = complete.wanted(run.split("sft"), run.requests, config.n)
     here, lost = ledger.survey()
-    done = _keys(store, [shard.path for shard in here], set(wanted))
+    done = store.keys(here, set(wanted))
     missing = [item for key, item in wanted.items() if key not in done]
     shards = complete.cut(missing, run.requests, store.root, run.generator.model, config)
     _announce(run.generator, needed=bool(shards))
     with Progress("complete", "completions") as progress:
-        complete.complete(run.generator, ledger, shards, lost, progress)
+        run_shards(run.generator, ledger, complete.COMPLETE, shards, lost, progress)
     run.note("complete", wanted=len(wanted), reused=len(wanted) - len(missing), made=len(missing), lost_shards=len(lost))
 
 
@@ -49,17 +50,22 @@ def judge_step(run: Workspace) -> None:
     passed = [row for row in rows if row["key"] not in dropped]
     wanted = judge.wanted([row["key"] for row in passed], run.judge_hash("full"), config.k)
     here, lost = ledger.survey()
-    done = _keys(store, [shard.path for shard in here], set(wanted))
-    missing: dict[bytes, list[int]] = {}
-    for key, (completion, number) in wanted.items():
-        if key not in done:
-            missing.setdefault(completion, []).append(number)
+    limits = {row["key"]: run.config.select.limit(row["category"]) for row in passed}
+    missing = judge.missing_runs(store, here, wanted, limits, config)
     shards = _judgement_shards(run, passed, missing)
     _announce(run.judge, needed=bool(shards))
     with Progress("judge", "verdicts") as progress:
-        judge.judge_all(run.judge, ledger, shards, lost, progress)
-    made = sum(map(len, missing.values()))
-    run.note("judge", wanted=len(wanted), reused=len(wanted) - made, made=made, gated=len(dropped), lost_shards=len(lost))
+        made = run_shards(run.judge, ledger, judge.JUDGE, shards, lost, progress)
+    asked = sum(map(len, missing.values()))
+    run.note(
+        "judge",
+        wanted=len(wanted),
+        reused=len(wanted) - asked,
+        made=made.rows,
+        skipped=made.skipped,
+        gated=len(dropped),
+        lost_shards=len(lost),
+    )
 
 
 @task(name="select", cache_policy=NO_CACHE)
@@ -223,6 +229,7 @@ def _judgement_shards(run: Workspace, passed: list[dict[str, Any]], missing: dic
             run.specs[rows[0]["category"]],
             source,
             {row["key"]: (prompts[row["prompt_id"]], tuple(missing[row["key"]])) for row in rows},
+            run.config.select.limit(rows[0]["category"]),
         )
         for source, rows in by_source.items()
     ]
@@ -243,14 +250,6 @@ def _provenance(run: Workspace) -> dict[str, Any]:
         "parameters": {name: parameters[name] for name in ("generate", "gates", "judge", "select")},
         "code": code_version(),
     }
-
-
-def _keys(store: Store, paths: list[str], wanted: set[bytes]) -> set[bytes]:
-    """Which of the wanted keys are in the shards."""
-    found: set[bytes] = set()
-    for path in paths:
-        found.update(wanted.intersection(store.read_table(path, ["key"])["key"].to_pylist()))
-    return found
 
 
 def _announce(pool: Pool, needed: bool = True) -> None:

@@ -135,7 +135,9 @@ def _check(run: Workspace) -> None:
     for category in config.select.category_threshold:
         if category not in run.policy.categories:
             raise UserError(f"select.category_threshold: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
-    few = "Lower it, or add scenario groups: of every eight of a category four go to SFT, two to RL, two to evaluation."
+    few = (
+        "Lower it, add scenario groups, or name the `split` of some: by their names, four of eight go to SFT, two to RL, two to evaluation."
+    )
     if len(run.split("rl")) < config.rl.prompts_per_step:
         wanted = config.rl.prompts_per_step
         raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {len(run.split('rl'))}. {few}")

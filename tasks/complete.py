@@ -1,11 +1,11 @@
 """Spec-conditioned completion: n samples for every prompt of the SFT split, each under its own key.
 
-`wanted` names the keys, `complete` draws those that no ledger entry holds. The ideal verdict never reaches this module.
+`wanted` names the keys, the stage `COMPLETE` draws those that no ledger entry holds. The ideal verdict never reaches this module.
 """
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -14,16 +14,15 @@ from pydantic import Field
 
 from cluster.chat import Chat
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
-from cluster.errors import SpecmillError, UserError
+from cluster.errors import UserError
+from cluster.fleet import Stage
 from cluster.models import Model
-from cluster.pool import Pool
 from tasks import tables, thoughts
 from tasks.compose import TEMPLATE_HASH, Placement, generator_turns, plain_turns
 from tasks.keys import completion_key, digest, request_prefix
 from tasks.policy import Policy, Spec, render
-from tasks.progress import Progress
 from tasks.prompts import Message, Prompt, prompt_hash
-from tasks.store import Ledger, Shard, Store
+from tasks.store import Shard, Store
 from tasks.validation import Strict
 
 STAGE = "completions"
@@ -49,10 +48,13 @@ class GenerateConfig(Strict):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the generator for one category: the same for all its prompts."""
+    """What is asked of the generator for one category: the same for all its prompts. `template` and `sampling` are hashes."""
 
     spec: Spec
+    model: Model
     prefix: str
+    template: str
+    sampling: str
     grammar: str | None
 
 
@@ -97,7 +99,7 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
     for category in policy.categories:
         spec = render(policy, category, config.render_mode)
         prefix = request_prefix(spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling)
-        found[category] = Request(spec, prefix, held)
+        found[category] = Request(spec, model, prefix, template, digest(sampling), held)
         empty = len(chat.prompt(generator_turns(spec, (Message(role="user", content="?"),), config.placement)))
         if empty + config.max_tokens > context:
             raise UserError(
@@ -147,44 +149,60 @@ async def complete_shard(engine: Engine, shard: CompletionShard) -> Shard:
     return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(list(rows), schema=tables.COMPLETIONS))
 
 
-def complete(pool: Pool, ledger: Ledger, shards: list[CompletionShard], lost: list[str], progress: Progress) -> None:
-    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry.
-
-    Raises SpecmillError unless every row that was asked for is committed or quarantined.
-    """
-    total = sum(len(samples) for shard in shards for samples in shard.samples)
-    done = 0
-    if lost:
-        ledger.commit([], lost)
-    for _, receipt in pool.map(complete_shard, shards, total, lambda shard: shard.request.spec.hash):
-        ledger.commit([receipt])
-        done += receipt.rows
-        progress(done, total)
-    if done != total:
-        raise SpecmillError(f"{STAGE}: {total} rows were asked for, {done} were written")
+def split(shard: CompletionShard) -> list[CompletionShard]:
+    """Two halves, by prompts or, of a single prompt, by samples; a single sample comes back alone."""
+    prompts, samples = shard.prompts, shard.samples
+    if len(prompts) > 1:
+        half = len(prompts) // 2
+        cuts = (slice(0, half), slice(half, None))
+        return [replace(shard, prompts=prompts[cut], samples=samples[cut]) for cut in cuts]
+    numbers = samples[0]
+    half = len(numbers) // 2
+    return [replace(shard, samples=(numbers[:half],)), replace(shard, samples=(numbers[half:],))] if half else [shard]
 
 
-async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: int, chat: Chat) -> dict:
-    config, name = shard.config, prompt_hash(prompt.messages)
-    seed = seed_of(config.seed, name, sample)
-    row = {
+def give_up(shard: CompletionShard, reason: str) -> Shard:
+    """Writes the rows of a shard that cannot be run, all of them quarantined."""
+    named = [(prompt, sample) for prompt, samples in zip(shard.prompts, shard.samples, strict=True) for sample in samples]
+    rows = [_row(shard, prompt, sample) | {"quarantined": reason} for prompt, sample in named]
+    return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.COMPLETIONS))
+
+
+COMPLETE = Stage(
+    run=complete_shard,
+    size=lambda shard: sum(map(len, shard.samples)),
+    prefix=lambda shard: shard.request.spec.hash,
+    split=split,
+    give_up=give_up,
+)
+
+
+def _row(shard: CompletionShard, prompt: Prompt, sample: int) -> dict:
+    """What is known of a completion before it is drawn."""
+    name = prompt_hash(prompt.messages)
+    return {
         "key": completion_key(shard.request.prefix, name, sample),
         "prompt_id": prompt.id,
         "prompt_hash": name,
         "category": prompt.category,
         "sample": sample,
-        "seed": seed,
+        "seed": seed_of(shard.config.seed, name, sample),
         "spec_hash": shard.request.spec.hash,
-        "template_hash": chat.hash,
+        "template_hash": shard.request.template,
+        "sampling_hash": shard.request.sampling,
         "generator": shard.model.id,
         "generator_revision": shard.model.revision,
     }
+
+
+async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: int, chat: Chat) -> dict:
+    config, row = shard.config, _row(shard, prompt, sample)
     try:
         ids = chat.prompt(generator_turns(shard.request.spec, prompt.messages, config.placement))
         require_room(len(ids), config.max_tokens, config.engine)
-        drawn = await engine.complete(ids, Sampling(config.temperature, config.max_tokens, seed, grammar=shard.request.grammar))
+        drawn = await engine.complete(ids, Sampling(config.temperature, config.max_tokens, row["seed"], grammar=shard.request.grammar))
     except (ValueError, UserError) as error:
-        return row | {"quarantined": f"engine refused the request: {error}"}
+        return row | {"quarantined": f"the engine gave no completion: {error}"}
     return row | _outcome(drawn, chat, thoughts.opened(ids, chat))
 
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from cluster.engine import EngineConfig
+from cluster.fleet import Fleet
 from cluster.models import Model
-from cluster.pool import Fleet
 from tasks import tables
 from tasks.gates import answer_kind
 from tasks.judge import JudgeConfig, Verdict
@@ -21,7 +21,7 @@ from tasks.keys import code_version, digest
 from tasks.policy import Policy, Spec
 from tasks.progress import Progress
 from tasks.prompts import Prompt
-from tasks.rollout import Drawn, DrawShard, blind_shards, draw, in_parts, verdicts_of
+from tasks.rollout import DRAW, Drawn, DrawShard, blind_shards, in_parts, verdicts_of
 from tasks.statistics import Proportion, clustered_mean
 from tasks.store import Store
 from tasks.thoughts import Parts, cited_clauses, cited_verdict
@@ -93,8 +93,8 @@ def evaluate(
         for part in in_parts(prompts, PARTS_IN_FLIGHT * len(subject.actors))
     ]
     drawn: list[Drawn] = []
-    for _, answers in subject.map(draw, shards, PARTS_IN_FLIGHT):
-        drawn += answers
+    for done in subject.map(DRAW, shards):
+        drawn += done.result
         progress(len(drawn), 2 * len(prompts))
     drawn.sort(key=lambda answer: answer.prompt_id)
     by_id = {prompt.id: prompt for prompt in prompts}

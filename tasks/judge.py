@@ -7,7 +7,7 @@ and the row has no score. Sub-scores are integers 1 to 5; a run's score is the m
 import asyncio
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,17 +15,15 @@ from pydantic import Field
 
 from cluster.chat import Chat
 from cluster.engine import Engine, EngineConfig, Sampling
-from cluster.errors import SpecmillError
+from cluster.fleet import Stage
 from cluster.models import Model
-from cluster.pool import Pool
 from tasks import tables
 from tasks.complete import chat_of, require_room, seed_of
 from tasks.compose import JUDGE_TEMPLATE_HASH, SUBSCORES_BLIND, SUBSCORES_FULL, BlindCase, FullCase, judge_turns
 from tasks.keys import digest, judgement_key
 from tasks.policy import Spec
-from tasks.progress import Progress
 from tasks.prompts import Prompt
-from tasks.store import Ledger, Shard, Store
+from tasks.store import Shard, Store
 from tasks.validation import Strict
 
 STAGE = "judgements"
@@ -42,6 +40,12 @@ class JudgeConfig(Strict):
     temperature: float = Field(0.7, gt=0, le=2, title="Temperature", description="Above 0: at 0 all runs are one run.")
     seed: int = Field(0, ge=0, title="Seed", description="Base of the seeds of the runs.")
     attempts: int = Field(3, ge=1, title="Attempts", description="Tries per run before an unparsable verdict is quarantined.")
+    sequential: bool = Field(
+        True, title="Sequential", description="Judge a completion run by run, and stop at the first score below its threshold."
+    )
+    audit_share: float = Field(
+        0.1, ge=0, le=1, title="Audit share", description="Completions judged k times in any case, so that agreement can be estimated."
+    )
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class JudgementShard:
     spec: Spec
     source: str
     runs: dict[bytes, tuple[Prompt, tuple[int, ...]]]
+    limit: int
+    """Threshold of the category: no run after a score below it is needed."""
 
 
 def judge_hash(model: Model, config: JudgeConfig, chat: Chat, view: str) -> str:
@@ -118,43 +124,89 @@ def wanted(completions: Iterable[bytes], judge_digest: str, k: int) -> dict[byte
     return {judgement_key(key, judge_digest, run): (key, run) for key in completions for run in range(k)}
 
 
+def missing_runs(
+    store: Store, shards: Iterable[Shard], wanted: dict[bytes, tuple[bytes, int]], limits: dict[bytes, int], config: JudgeConfig
+) -> dict[bytes, list[int]]:
+    """Completion -> runs to make: those that are wanted, not in the shards, and, unless audited, not after a score below the limit."""
+    lowest: dict[bytes, int] = {}
+    done: set[bytes] = set()
+    for shard in shards:
+        for row in store.read_table(shard.path, ["key", "completion_key", "score"]).to_pylist():
+            if row["key"] in wanted:
+                done.add(row["key"])
+                if row["score"] is not None:
+                    lowest[row["completion_key"]] = min(row["score"], lowest.get(row["completion_key"], HIGHEST))
+    missing: dict[bytes, list[int]] = {}
+    for key, (completion, run) in wanted.items():
+        settled = lowest.get(completion, HIGHEST) < limits[completion] and not audited(completion, config)
+        if key not in done and not settled:
+            missing.setdefault(completion, []).append(run)
+    return missing
+
+
+def audited(completion: bytes, config: JudgeConfig) -> bool:
+    """Whether a completion is judged k times whatever its first runs say: a share that its key chooses."""
+    return not config.sequential or int.from_bytes(completion[:4], "big") < config.audit_share * 2**32
+
+
 async def judge_shard(engine: Engine, shard: JudgementShard) -> Shard:
     """Judges the completions of a shard and writes one row per run; returns the receipt."""
     store = Store(shard.root)
     chat = chat_of(shard.model.path)
-    jobs = []
-    for row in store.read_table(shard.source).to_pylist():
-        if row["key"] in shard.runs:
-            prompt, runs = shard.runs[row["key"]]
-            jobs += [_judge_row(engine, chat, shard, prompt, row, run) for run in runs]
-    rows = await asyncio.gather(*jobs)
-    return store.put_table(f"{STAGE}/shards", pa.Table.from_pylist(list(rows), schema=tables.JUDGEMENTS))
+
+    async def judge_row(row: dict[str, Any]) -> list[dict[str, Any]]:
+        prompt, runs = shard.runs[row["key"]]
+        if audited(row["key"], shard.config):
+            return list(await asyncio.gather(*(_judge_row(engine, chat, shard, prompt, row, run) for run in runs)))
+        given: list[dict[str, Any]] = []
+        for run in runs:
+            given.append(await _judge_row(engine, chat, shard, prompt, row, run))
+            if (given[-1].get("score") or HIGHEST) < shard.limit:
+                break
+        return given
+
+    source = store.read_table(shard.source).to_pylist()
+    judged = await asyncio.gather(*(judge_row(row) for row in source if row["key"] in shard.runs))
+    rows = [row for given in judged for row in given]
+    receipt = store.put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.JUDGEMENTS))
+    return replace(receipt, skipped=sum(len(runs) for _, runs in shard.runs.values()) - len(rows))
 
 
-def judge_all(pool: Pool, ledger: Ledger, shards: list[JudgementShard], lost: list[str], progress: Progress) -> None:
-    """Runs shards on the pool and commits each receipt. `lost` shards are declared gone in the first entry.
-
-    Raises SpecmillError unless every run that was asked for is committed or quarantined.
-    """
-    total = sum(len(runs) for shard in shards for _, runs in shard.runs.values())
-    done = 0
-    if lost:
-        ledger.commit([], lost)
-    for _, receipt in pool.map(judge_shard, shards, total, lambda shard: shard.spec.hash):
-        ledger.commit([receipt])
-        done += receipt.rows
-        progress(done, total)
-    if done != total:
-        raise SpecmillError(f"{STAGE}: {total} rows were asked for, {done} were written")
+def split(shard: JudgementShard) -> list[JudgementShard]:
+    """Two halves, by completions or, of a single one, by runs; a single run comes back alone."""
+    items = list(shard.runs.items())
+    half = len(items) // 2
+    if half:
+        return [replace(shard, runs=dict(items[:half])), replace(shard, runs=dict(items[half:]))]
+    key, (prompt, numbers) = items[0]
+    half = len(numbers) // 2
+    parts = (numbers[:half], numbers[half:]) if half else (numbers,)
+    return [replace(shard, runs={key: (prompt, part)}) for part in parts]
 
 
-async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, prompt: Prompt, row: dict[str, Any], run: int) -> dict[str, Any]:
-    case = FullCase(prompt.messages, row["thought"], row["answer"])
-    result = {
-        "key": judgement_key(row["key"], shard.judge_hash, run),
-        "completion_key": row["key"],
+def give_up(shard: JudgementShard, reason: str) -> Shard:
+    """Writes the rows of a shard that cannot be run, all of them quarantined."""
+    named = [(key, prompt, run) for key, (prompt, runs) in shard.runs.items() for run in runs]
+    rows = [_row(shard, key, prompt, run) | {"seed": 0, "quarantined": reason} for key, prompt, run in named]
+    return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.JUDGEMENTS))
+
+
+JUDGE = Stage(
+    run=judge_shard,
+    size=lambda shard: sum(len(runs) for _, runs in shard.runs.values()),
+    prefix=lambda shard: shard.spec.hash,
+    split=split,
+    give_up=give_up,
+)
+
+
+def _row(shard: JudgementShard, completion: bytes, prompt: Prompt, run: int) -> dict[str, Any]:
+    """What is known of a judgement before it is given."""
+    return {
+        "key": judgement_key(completion, shard.judge_hash, run),
+        "completion_key": completion,
         "prompt_id": prompt.id,
-        "category": row["category"],
+        "category": prompt.category,
         "run": run,
         "view": "full",
         "spec_hash": shard.spec.hash,
@@ -162,10 +214,15 @@ async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, prompt: 
         "judge_revision": shard.model.revision,
         "judge_hash": shard.judge_hash,
     }
+
+
+async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, prompt: Prompt, row: dict[str, Any], run: int) -> dict[str, Any]:
+    case = FullCase(prompt.messages, row["thought"], row["answer"])
+    result = _row(shard, row["key"], prompt, run)
     try:
         verdict = await judge(engine, chat, shard.spec, case, shard.config, row["key"].hex(), run)
     except ValueError as error:
-        return result | {"seed": 0, "quarantined": f"engine refused the request: {error}"}
+        return result | {"seed": 0, "quarantined": f"the engine gave no verdict: {error}"}
     result |= {"seed": verdict.seed, "raw": list(verdict.raw)}
     if verdict.scores is None:
         return result | {"quarantined": f"verdict not parsable after {len(verdict.raw)} attempts"}

@@ -5,7 +5,6 @@ A malformed row never stops a run: it is quarantined with file, line and reason,
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +46,15 @@ class Conversation(Strict):
 
 
 class Prompt(Conversation):
-    """A seed prompt with its labels. The ideal verdict never appears in the generator's request."""
+    """A seed prompt with its labels. The ideal verdict never appears in the generator's request.
+
+    `split` says where its scenario group goes; left out, the group's name decides.
+    """
 
     category: CategoryId
     cell: Cell
     group: RowId
+    split: Split | None = None
     ideal_verdict: Verdict
     ideal_clauses: tuple[str, ...] = Field(min_length=1)
 
@@ -91,6 +94,7 @@ def load_prompts(source: Path | str, policy: Policy) -> Loaded:
     loaded = Loaded([], [], [])
     ids: set[str] = set()
     conversations: dict[str, str] = {}
+    splits: dict[str, Split | None] = {}
     for file in files:
         for number, row in _rows(file, loaded.quarantined):
             try:
@@ -109,6 +113,10 @@ def load_prompts(source: Path | str, policy: Policy) -> Loaded:
             if content in conversations:
                 loaded.quarantined.append(Quarantined(str(file), number, f"messages: the same as those of {conversations[content]!r}"))
                 continue
+            if isinstance(item, Prompt) and splits.setdefault(item.group, item.split) != item.split:
+                reason = f"split: {item.split or 'none'}, but an earlier row of group {item.group!r} says {splits[item.group] or 'none'}"
+                loaded.quarantined.append(Quarantined(str(file), number, reason))
+                continue
             ids.add(item.id)
             conversations[content] = item.id
             (loaded.prompts if isinstance(item, Prompt) else loaded.capability).append(item)  # type: ignore[arg-type]
@@ -119,26 +127,21 @@ def load_prompts(source: Path | str, policy: Policy) -> Loaded:
 
 
 def split_groups(prompts: Iterable[Prompt], policy: Policy) -> dict[str, Split]:
-    """Scenario group -> split, 4 : 2 : 2 within every category, by the rank of the hash of its name among the category's.
+    """Scenario group -> split: the one that its prompts name, else by the hash of its name, in shares of 4 : 2 : 2.
 
-    A group goes to one split whole, so a violation and its benign twin are never on two sides. Groups with a clause that is never
-    generated from are for evaluation only. Ranks keep the shares exact in small sets, at a price: a new group may move others.
+    A group goes to one split whole, so a violation and its benign twin are never on two sides, and no other group moves it. Groups with
+    a clause that is never generated from are for evaluation only.
     """
     never = {name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"}
-    by_category: dict[str, set[str]] = defaultdict(set)
+    order = [split for split, share in SPLIT_SHARES.items() for _ in range(share)]
+    splits: dict[str, Split] = {}
     reserved: set[str] = set()
     for prompt in prompts:
-        by_category[prompt.category].add(prompt.group)
+        slot = int.from_bytes(hashlib.sha256(prompt.group.encode()).digest()[:8], "big") % len(order)
+        splits[prompt.group] = prompt.split or order[slot]
         if never.intersection(prompt.ideal_clauses):
             reserved.add(prompt.group)
-    splits: dict[str, Split] = dict.fromkeys(reserved, "eval")
-    order = [split for split, share in SPLIT_SHARES.items() for _ in range(share)]
-    interleaved = sorted(range(len(order)), key=lambda i: (i * 3) % len(order))
-    for groups in by_category.values():
-        ranked = sorted(groups - reserved, key=lambda group: hashlib.sha256(group.encode()).digest())
-        for position, group in enumerate(ranked):
-            splits[group] = order[interleaved[position % len(order)]]
-    return splits
+    return splits | dict.fromkeys(reserved, "eval")
 
 
 def prompt_hash(messages: Iterable[Message]) -> str:

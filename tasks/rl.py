@@ -18,8 +18,8 @@ from pydantic import Field
 
 from cluster.deepspeed_engine import TrainingEngine
 from cluster.errors import SpecmillError
+from cluster.fleet import Fleet
 from cluster.models import Model
-from cluster.pool import Fleet
 from cluster.training import report, resume, run_workers
 from cluster.training_config import TrainingConfig
 from cluster.weight_transfer import write_weights
@@ -31,7 +31,7 @@ from tasks.losses import AdvantageKind, TokenLoss, group_advantages, policy_grad
 from tasks.policy import Spec
 from tasks.progress import Progress
 from tasks.prompts import Prompt
-from tasks.rollout import Drawn, DrawShard, blind_shards, draw, in_parts, reward, verdicts_of
+from tasks.rollout import DRAW, Drawn, DrawShard, blind_shards, in_parts, reward, verdicts_of
 from tasks.store import Ledger, Store
 from tasks.thoughts import Malformed
 from tasks.training_log import append_line, followed, keep_lines, last_line
@@ -182,7 +182,7 @@ def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:
         DrawShard(job.start_path, part, settings.rollouts_per_prompt, settings.max_tokens, settings.temperature, seed)
         for part in in_parts(prompts, len(job.policy.actors))
     ]
-    drawn = [answer for _, answers in job.policy.map(draw, shards) for answer in answers]
+    drawn = [answer for done in job.policy.map(DRAW, shards) for answer in done.result]
     drawn.sort(key=lambda answer: (answer.prompt_id, answer.sample))
     runs = job.judge_config.model_copy(update={"k": settings.judge_runs})
     judged = blind_shards([answer for answer in drawn if answer.earns], by_id, job.specs, job.judge_model, runs)
@@ -288,7 +288,7 @@ def _probe(job: RlJob) -> list[Row]:
         DrawShard(job.start_path, (prompt,), 1, length, settings.temperature, settings.seed)
         for prompt in step_prompts(job.prompts, settings.steps, len(job.policy.actors), settings.seed)
     ]
-    drawn = [answer for _, answers in job.policy.map(draw, shards, 1) for answer in answers]
+    drawn = [answer for done in job.policy.map(DRAW, shards) for answer in done.result]
     return [
         Row([*answer.prompt_ids, *answer.completion.token_ids], len(answer.prompt_ids), {"rollout": answer.completion.logprobs})
         for answer in drawn

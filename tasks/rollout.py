@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 from cluster.engine import Completion, Engine, Sampling
+from cluster.fleet import Fleet, Stage
 from cluster.models import Model
-from cluster.pool import Fleet
 from tasks import thoughts
 from tasks.complete import chat_of, seed_of
 from tasks.compose import BlindCase, plain_turns
@@ -81,11 +81,6 @@ class BlindShard:
     config: JudgeConfig
     items: tuple[BlindItem, ...]
 
-    @property
-    def prefix(self) -> str:
-        """What the judge's requests begin with: the spec."""
-        return self.items[0].spec.hash
-
 
 async def draw(engine: Engine, shard: DrawShard) -> list[Drawn]:
     """Draws the answers of a shard, with the log-probabilities of their tokens."""
@@ -109,12 +104,16 @@ async def judge_blind(engine: Engine, shard: BlindShard) -> list[list[Verdict]]:
         try:
             return await judge(engine, chat, item.spec, item.case, shard.config, item.name, number)
         except ValueError as error:
-            return Verdict(None, (f"engine refused the request: {error}",), 0)
+            return Verdict(None, (f"the engine gave no verdict: {error}",), 0)
 
     async def one(item: BlindItem) -> list[Verdict]:
         return list(await asyncio.gather(*(run(item, number) for number in range(shard.config.k))))
 
     return list(await asyncio.gather(*(one(item) for item in shard.items)))
+
+
+DRAW = Stage(run=draw, size=lambda shard: len(shard.prompts) * shard.samples)
+JUDGE_BLIND = Stage(run=judge_blind, size=lambda shard: len(shard.items) * shard.config.k, prefix=lambda shard: shard.items[0].spec.hash)
 
 
 def blind_shards(
@@ -133,8 +132,8 @@ def blind_shards(
 def verdicts_of(judge: Fleet, shards: Sequence[BlindShard], progress: Callable[[int], None] | None = None) -> dict[str, list[Verdict]]:
     """Name of a completion -> its verdicts; `progress` is called with how many were given."""
     verdicts: dict[str, list[Verdict]] = {}
-    for shard, answers in judge.map(judge_blind, shards, 4, lambda shard: shard.prefix):
-        verdicts |= {item.name: given for item, given in zip(shard.items, answers, strict=True)}
+    for done in judge.map(JUDGE_BLIND, shards):
+        verdicts |= {item.name: given for item, given in zip(done.shard.items, done.result, strict=True)}
         if progress:
             progress(len(verdicts))
     return verdicts

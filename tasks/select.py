@@ -20,6 +20,10 @@ class SelectConfig(Strict):
     max_per_verdict: int | None = Field(None, ge=1, title="Verdict quota", description="Most rows of one verdict within a category.")
     min_categories: int = Field(2, ge=1, title="Categories needed", description="Fewer categories with kept rows stop the run.")
 
+    def limit(self, category: str) -> int:
+        """The threshold of a category."""
+        return self.category_threshold.get(category, self.threshold)
+
 
 @dataclass
 class Candidate:
@@ -44,11 +48,11 @@ def select(candidates: Iterable[Candidate], config: SelectConfig) -> list[Candid
     """Marks candidates that are not kept with a drop reason; returns the kept ones. Ties go to the lower sample number, then the key."""
     pending = [candidate for candidate in candidates if candidate.drop_reason is None]
     for candidate in pending:
-        limit = config.category_threshold.get(candidate.category, config.threshold)
-        if candidate.score is None:
-            candidate.drop_reason = "judgement_missing"
-        elif candidate.score < limit:
+        limit = config.limit(candidate.category)
+        if candidate.scores and min(candidate.scores) < limit:
             candidate.drop_reason = "below_threshold"
+        elif candidate.score is None:
+            candidate.drop_reason = "judgement_missing"
     ranked = sorted((c for c in pending if c.drop_reason is None), key=lambda c: (-(c.score or 0), c.sample, c.key))
     per_prompt: Counter[str] = Counter()
     per_category: Counter[str] = Counter()

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import SpecmillError, UserError
+from cluster.serving import Usage
 
 ROW_GROUP_ROWS = 1024
 
@@ -42,10 +43,11 @@ class File:
 
 @dataclass(frozen=True)
 class Shard(File):
-    """A Parquet file of rows with unique keys. rows = ok + quarantined."""
+    """A Parquet file of rows with unique keys. rows = ok + quarantined; `skipped` rows were asked for and turned out not to be needed."""
 
     rows: int
     quarantined: int
+    skipped: int = 0
 
 
 class Store:
@@ -145,6 +147,13 @@ class Store:
         except pa.ArrowInvalid as error:
             raise Corrupt(f"{path}: {error}") from error
 
+    def keys(self, shards: Iterable[Shard], wanted: set[bytes]) -> set[bytes]:
+        """Which of the wanted keys are in the shards."""
+        found: set[bytes] = set()
+        for shard in shards:
+            found.update(wanted.intersection(self.read_table(shard.path, ["key"])["key"].to_pylist()))
+        return found
+
     def verify(self, file: File) -> str | None:
         """What is wrong with a file, or None."""
         try:
@@ -199,8 +208,11 @@ class Ledger:
                 named.pop(path, None)
         return list(named.values())
 
-    def commit(self, shards: Iterable[Shard], lost: Iterable[str] = ()) -> None:
-        """Appends one entry. Raises Conflict when another writer was faster: this one has lost its turn and must stop."""
+    def commit(self, shards: Iterable[Shard], lost: Iterable[str] = (), usage: Usage | None = None) -> None:
+        """Appends one entry; `usage` is what its shards cost.
+
+        Raises Conflict when another writer was faster: this one has lost its turn and must stop.
+        """
         shards = list(shards)
         number = sum(1 for _ in self.entries()) if self._next is None else self._next
         entry = {
@@ -209,6 +221,7 @@ class Ledger:
             "shards": [asdict(shard) for shard in shards],
             "keys": sum(shard.rows for shard in shards),
             "lost": list(lost),
+            "usage": asdict(usage or Usage()),
             "time": time.time(),
         }
         try:

@@ -15,6 +15,7 @@ COMPLETIONS = pa.schema(
         ("seed", pa.int64()),
         ("spec_hash", pa.string()),
         ("template_hash", pa.string()),
+        ("sampling_hash", pa.string()),
         ("generator", pa.string()),
         ("generator_revision", pa.string()),
         ("token_ids", pa.list_(pa.int32())),

@@ -23,7 +23,8 @@ from ray import cloudpickle
 
 from cluster.chat import Chat
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
-from cluster.pool import Fleet, Pool
+from cluster.fleet import Fleet, Stage
+from cluster.pool import Pool
 from flows.config import RunRequest
 from flows.inspect import problems
 from tasks import rl, thoughts
@@ -134,17 +135,17 @@ class Recorder:
 class RecordingFleet(Fleet):
     """A fleet whose engines see every request through a recorder."""
 
-    def __init__(self, actors: list[Any], file: str) -> None:
-        super().__init__(actors)
+    def __init__(self, fleet: Fleet, file: str) -> None:
+        super().__init__(fleet.actors, fleet.capacity)
         self.file = file
 
-    def map(self, stage: Any, shards: Any, *how: Any) -> Iterator[Any]:
-        file = self.file
+    def map(self, stage: Stage, shards: Any) -> Iterator[Any]:
+        file, run = self.file, stage.run
 
         async def recorded(engine: Engine, shard: Any) -> Any:
-            return await stage(Recorder(engine, file), shard)
+            return await run(Recorder(engine, file), shard)
 
-        return super().map(recorded, shards, *how)
+        return super().map(replace(stage, run=recorded), shards)
 
 
 async def process_id(engine: Engine, shard: None) -> int:
@@ -155,6 +156,9 @@ async def process_id(engine: Engine, shard: None) -> int:
 async def probe(engine: Engine, prompt: list[int]) -> Completion:
     """What an engine says, token by token, with log-probabilities."""
     return await engine.complete(prompt, Sampling(1.0, 24, seed=7, logprobs=True))
+
+
+PROBE_STAGE = Stage(run=probe, size=lambda prompt: 1)
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +173,10 @@ def chain(servers: None, run_file: Path, scripted_model: str) -> dict[str, Any]:
 
     def watched(job: rl.RlJob, storage: str, progress: Any) -> dict[str, Any]:
         def ask() -> None:
-            probes.extend(answer for _, answer in job.judge.map(probe, [question]))
+            probes.extend(done.result for done in job.judge.map(PROBE_STAGE, [question]))
 
         ask()
-        metrics = real(replace(job, judge=RecordingFleet(job.judge.actors, str(seen))), storage, progress)
+        metrics = real(replace(job, judge=RecordingFleet(job.judge, str(seen))), storage, progress)
         ask()
         return metrics
 
@@ -283,6 +287,7 @@ def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chai
         "reused": counts["judge"]["wanted"] - lost.rows,
         "made": lost.rows,
         "lost_shards": 1,
+        "skipped": 0,
         "gated": 0,
     }
     assert counts["sft"]["trained"] == 1 and checkpoint.exists()
@@ -333,12 +338,12 @@ def test_a_restarted_engine_answers_with_the_weights_it_was_given(servers: None,
     config = EngineConfig(model=tiny_model, dtype="float32", max_model_len=512, kv_cache_gib=0.25)
     with Pool(config, receives_weights=True) as pool:
         fleet = pool.fleet()
-        ((_, untrained),) = fleet.map(probe, [question])
+        (untrained,) = (done.result for done in fleet.map(PROBE_STAGE, [question]))
         fleet.load_weights(scripted_model, 1)
-        ((_, before),) = fleet.map(probe, [question])
-        ((_, actor),) = fleet.map(process_id, [None])
+        (before,) = (done.result for done in fleet.map(PROBE_STAGE, [question]))
+        (actor,) = (done.result for done in fleet.map(Stage(run=process_id, size=lambda shard: 1), [None]))
         family = [psutil.Process(actor), *psutil.Process(actor).children(recursive=True)]
         family[0].kill()
-        ((_, after),) = fleet.map(probe, [question])
+        (after,) = (done.result for done in fleet.map(PROBE_STAGE, [question]))
         assert before.token_ids == after.token_ids != untrained.token_ids
         assert psutil.wait_procs(family, timeout=60)[1] == [], "the dead engine left a process behind"

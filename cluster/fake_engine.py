@@ -1,0 +1,99 @@
+"""A deterministic engine without a model: for tests of faults and of scale, and for trying a run file. Never a default.
+
+What it says depends on the prompt and the seed alone, as with a real engine. It obeys grammars and schemas. Latency, length and faults are
+configured; a fault strikes the requests that the seed chooses, so that a test knows which.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+
+from cluster import fake_text
+from cluster.chat import Chat
+from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, Unavailable
+from cluster.errors import UserError
+from cluster.models import Model, resolve_model
+
+FREE_CHARACTERS = 80
+"""Length of what is said when neither grammar nor schema holds it."""
+
+
+def fake_model(config: EngineConfig) -> Model:
+    """What rows name as their model: not the one whose tokenizer the fake engine borrows, and another for each seed and share of faults."""
+    identity = config.fake.model_dump(include={"seed", "malformed"})
+    revision = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return Model(resolve_model(config.model, config.revision).path, "fake", revision)
+
+
+class FakeEngine:
+    """Answers after a while, as `EngineConfig.fake` says."""
+
+    def __init__(self, model: Model, config: EngineConfig) -> None:
+        self.config, self.fake = config, config.fake
+        self._chat = Chat(model.path)
+        self._room = asyncio.Semaphore(config.max_num_seqs)
+        self._asked = 0
+        self._struck: Counter[str] = Counter()
+        """Request -> how often a fault struck it."""
+
+    async def start(self) -> None:
+        """Takes as long as configured."""
+        await asyncio.sleep(self.fake.start_seconds)
+
+    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """Draws one completion; see `Engine.complete`."""
+        fake = self.fake
+        name = hashlib.sha256(array("q", [fake.seed, sampling.seed, *prompt])).hexdigest()
+        async with self._room:
+            self._asked += 1
+            if fake.die_at and self._asked >= fake.die_at:
+                raise EngineDied(f"the fake engine was told to die at request {fake.die_at}")
+            if fake.die_on and fake.die_on in self._chat.decode(prompt):
+                raise EngineDied(f"the fake engine was told to die of {fake.die_on!r}")
+            if fake.latency_seconds:
+                await asyncio.sleep(fake.latency_seconds * math.exp(fake.latency_spread * Random(name).gauss(0, 1)))
+            malformed = await self._strike(name)
+            text = fake_text.words(Random(name), FREE_CHARACTERS) if malformed else self._text(Random(name), sampling)
+        ids = [*self._chat.text(text), self._chat.end_of_turn]
+        reason = "length" if len(ids) > sampling.max_tokens else "stop"
+        ids = ids[: sampling.max_tokens]
+        return Completion(ids, reason, len(prompt), 0, [-1.0] * len(ids) if sampling.logprobs else [])
+
+    async def load_weights(self, path: str, version: int) -> None:
+        """There is no policy to train or evaluate."""
+        raise UserError("a fake engine takes no weights: run the flow `regenerate` alone, or name a real engine for `evaluate`.")
+
+    def stop(self) -> None:
+        """There is nothing to end."""
+
+    async def _strike(self, name: str) -> bool:
+        """Brings about the fault that this attempt meets; returns whether its answer is malformed."""
+        fake, fate = self.fake, Random(f"{name}/{self._struck[name]}").random() if self._faulty else 1.0
+        faults = {"hang": fake.hang, "drop": fake.drop, "error": fake.error, "malformed": fake.malformed}
+        for fault, share in faults.items():
+            fate -= share
+            if fate >= 0:
+                continue
+            self._struck[name] += 1
+            if fault == "hang":
+                await asyncio.Event().wait()
+            if fault == "malformed":
+                return True
+            raise Unavailable("the fake engine dropped the connection" if fault == "drop" else "the fake engine answered with status 500")
+        return False
+
+    @property
+    def _faulty(self) -> bool:
+        return bool(self.fake.hang or self.fake.drop or self.fake.error or self.fake.malformed)
+
+    def _text(self, random: Random, sampling: Sampling) -> str:
+        if sampling.grammar:
+            return fake_text.from_grammar(sampling.grammar)(random)
+        if sampling.json_schema:
+            return fake_text.from_schema(sampling.json_schema)(random)
+        return fake_text.words(random, FREE_CHARACTERS)

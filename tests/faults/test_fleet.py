@@ -1,0 +1,138 @@
+"""Engines that drop requests, hang, die and are killed: what is in flight is run again within bounds, and the rest completes.
+
+The engines are fake, so that faults come when they are wanted; actors, processes and restarts are Ray's own.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
+from cluster.errors import SpecmillError
+from cluster.fleet import Stage
+from cluster.pool import Pool
+from cluster.serving import NotAnswered
+from tasks.complete import chat_of
+
+pytestmark = pytest.mark.slow
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
+
+POISON = "xyzzy"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A shard: texts to send to the engine as they are."""
+
+    model: str
+    texts: tuple[str, ...]
+
+
+async def echo(engine: Engine, shard: Texts) -> list[tuple[str, str]]:
+    """(text, what became of it)."""
+    chat = chat_of(shard.model)
+
+    async def one(text: str) -> tuple[str, str]:
+        try:
+            drawn = await engine.complete(chat.text(text), Sampling(1.0, 64, seed=7))
+        except NotAnswered as error:
+            return text, f"given up: {error}"
+        return text, chat.decode(drawn.token_ids)
+
+    return list(await asyncio.gather(*map(one, shard.texts)))
+
+
+async def process_id(engine: Engine, shard: None) -> int:
+    return os.getpid()
+
+
+def halves(shard: Texts) -> list[Texts]:
+    half = len(shard.texts) // 2
+    return [replace(shard, texts=shard.texts[:half]), replace(shard, texts=shard.texts[half:])] if half else [shard]
+
+
+ECHO = Stage(
+    run=echo,
+    size=lambda shard: len(shard.texts),
+    split=halves,
+    give_up=lambda shard, reason: [(text, f"given up: {reason}") for text in shard.texts],
+)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    from cluster.session import ray_session
+
+    with ray_session():
+        yield
+
+
+def echoed(texts: list[str], engines: int = 2, stage: Stage = ECHO, shard: int = 8, **settings: Any) -> tuple[dict[str, str], Any]:
+    """Sends texts to fake engines; returns what became of each, and the usage of all shards together."""
+    fake = FakeConfig(**{name: value for name, value in settings.items() if name in FakeConfig.model_fields})
+    others = {name: value for name, value in settings.items() if name not in FakeConfig.model_fields}
+    with Pool(EngineConfig(backend="fake", fake=fake, engines=engines, max_num_seqs=16, **others)) as pool:
+        shards = [Texts(pool.model.path, tuple(texts[start : start + shard])) for start in range(0, len(texts), shard)]
+        finished = list(pool.map(stage, shards))
+    rows = [row for done in finished for row in done.result]
+    assert sorted(text for text, _ in rows) == sorted(texts), "every text once"
+    return dict(rows), sum((done.usage for done in finished[1:]), finished[0].usage)
+
+
+TEXTS = [f"text number {number}" for number in range(120)]
+
+
+def test_requests_that_are_not_answered_are_asked_again(ray: None) -> None:
+    plain, _ = echoed(TEXTS)
+    rows, usage = echoed(TEXTS, drop=0.2, error=0.1, attempts=20)
+    assert rows == plain, "the answers are those of an engine without faults"
+    assert usage.requests == len(TEXTS) and usage.retries > 10
+
+
+def test_a_request_that_is_never_answered_is_given_up_and_the_rest_completes(ray: None) -> None:
+    rows, _ = echoed(TEXTS, hang=0.02, request_seconds=0.5, attempts=1, latency_seconds=0.01)
+    lost = [text for text, became in rows.items() if became.startswith("given up")]
+    assert 0 < len(lost) < 12
+
+
+def test_a_hanging_request_is_asked_again(ray: None) -> None:
+    rows, usage = echoed(TEXTS, hang=0.02, request_seconds=0.5, latency_seconds=0.01)
+    assert not any(became.startswith("given up") for became in rows.values()) and usage.retries > 0
+
+
+def test_a_prompt_that_kills_engines_is_found_and_given_up(ray: None) -> None:
+    texts = [*TEXTS[:50], f"a {POISON} text", *TEXTS[50:]]
+    rows, _ = echoed(texts, die_on=POISON, latency_seconds=0.01)
+    assert [text for text, became in rows.items() if became.startswith("given up")] == [f"a {POISON} text"]
+    assert "killed its engine" in rows[f"a {POISON} text"]
+
+
+def test_an_engine_that_dies_now_and_then_loses_nothing(ray: None) -> None:
+    rows, _ = echoed(TEXTS, die_at=40)
+    assert not any(became.startswith("given up") for became in rows.values())
+
+
+def test_an_engine_that_answers_nothing_is_started_again(ray: None) -> None:
+    """All requests hang: the watchdog ends the engine; a stage that can give nothing up ends the run."""
+    with pytest.raises(SpecmillError, match="killed its engine"):
+        echoed(TEXTS[:2], engines=1, stage=replace(ECHO, split=None, give_up=None), hang=1.0, stuck_seconds=0.5)
+
+
+def test_a_killed_actor_comes_back_and_nothing_is_lost(ray: None) -> None:
+    config = EngineConfig(backend="fake", engines=2, max_num_seqs=4, fake=FakeConfig(latency_seconds=0.2))
+    with Pool(config) as pool:
+        pids = [done.result for done in pool.map(Stage(run=process_id, size=lambda shard: 1), [None, None])]
+        shards = [Texts(pool.model.path, (text,)) for text in TEXTS[:40]]
+        became: dict[str, str] = {}
+        for number, done in enumerate(pool.map(ECHO, shards)):
+            became |= dict(done.result)
+            if number == 5:
+                os.kill(pids[0], signal.SIGKILL)
+    assert len(became) == 40 and not any(text.startswith("given up") for text in became.values())

@@ -1,0 +1,131 @@
+"""The fake engine: deterministic, obedient to grammars and schemas, faulty as configured; and what surrounds every engine."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import fake_text
+from cluster.chat import Chat
+from cluster.engine import Completion, EngineConfig, EngineDied, FakeConfig, Sampling
+from cluster.fake_engine import FakeEngine, fake_model
+from cluster.serving import Metered, NotAnswered, Served
+from tasks import thoughts
+from tasks.judge import SUBSCORES_FULL, _schema, parse_scores
+from tasks.policy import load_policy
+
+POLICY = load_policy(Path(__file__).parent.parent / "specs" / "policies" / "base")
+PROMPT = [5, 6, 7]
+
+
+def engine(**fake: Any) -> FakeEngine:
+    config = EngineConfig(backend="fake", fake=FakeConfig(**fake))
+    return FakeEngine(fake_model(config), config)
+
+
+def run(work: Awaitable[Any]) -> Any:
+    async def main() -> Any:
+        return await work
+
+    return asyncio.run(main())
+
+
+def draw(fake: FakeEngine, seed: int = 1, **how: Any) -> Completion:
+    return run(fake.complete(PROMPT, Sampling(1.0, how.pop("max_tokens", 512), seed, **how)))
+
+
+def test_an_answer_depends_on_prompt_and_seed_alone() -> None:
+    first = draw(engine())
+    assert draw(engine()) == first and first.finish_reason == "stop"
+    assert draw(engine(), seed=2) != first and draw(engine(seed=9)) != first
+
+
+def test_a_long_answer_is_cut() -> None:
+    drawn = draw(engine(), max_tokens=3, logprobs=True)
+    assert drawn.finish_reason == "length" and len(drawn.token_ids) == len(drawn.logprobs) == 3
+
+
+def test_it_obeys_the_grammar_of_thoughts_and_the_schema_of_verdicts() -> None:
+    fake = engine()
+    chat = Chat(fake_model(fake.config).path)
+    held = thoughts.grammar(POLICY, 120, 120)
+    for seed in range(50):
+        parts = thoughts.split(draw(fake, seed, grammar=held).token_ids, chat)
+        assert isinstance(parts, thoughts.Parts) and parts.answer
+        assert thoughts.cited_verdict(parts.thought) and set(thoughts.cited_clauses(parts.thought)) <= set(POLICY.clauses)
+        raw = chat.decode(draw(fake, seed, json_schema=_schema(4)).token_ids)
+        assert parse_scores(raw, SUBSCORES_FULL)
+
+
+def test_a_malformed_answer_ignores_the_schema() -> None:
+    fake = engine(malformed=1.0)
+    raw = Chat(fake_model(fake.config).path).decode(draw(fake, json_schema=_schema(4)).token_ids)
+    assert parse_scores(raw, SUBSCORES_FULL) is None
+
+
+def test_fakes_with_other_answers_are_other_models() -> None:
+    models = [fake_model(EngineConfig(backend="fake", fake=fake)) for fake in (FakeConfig(), FakeConfig(seed=1), FakeConfig(drop=0.5))]
+    assert models[0] == models[2] != models[1] and models[0].id == "fake"
+
+
+@pytest.mark.parametrize("grammar", ["root = 'a'", 'start ::= "a"', 'root ::= "a" & "b"'])
+def test_an_unknown_grammar_is_refused(grammar: str) -> None:
+    with pytest.raises(ValueError, match=r"grammar|rule"):
+        fake_text.from_grammar(grammar)
+
+
+def test_an_unknown_schema_is_refused() -> None:
+    with pytest.raises(ValueError, match="schema"):
+        fake_text.from_schema(json.dumps({"type": "null"}))
+
+
+def served(fake: FakeEngine, **config: Any) -> Metered:
+    return Metered(Served(fake, fake.config.model_copy(update=config)))
+
+
+def test_what_is_not_answered_is_asked_again_and_counted() -> None:
+    metered = served(engine(drop=0.5), attempts=20)
+    for seed in range(4):
+        run(metered.complete(PROMPT, Sampling(1.0, 8, seed)))
+    assert metered.usage.requests == 4 and metered.usage.retries > 0
+    assert metered.usage.prompt_tokens == 4 * len(PROMPT) and metered.usage.completion_tokens == 4 * 8
+
+
+def test_what_is_never_answered_is_given_up() -> None:
+    with pytest.raises(NotAnswered, match=r"2 attempts; the last: .* 500"):
+        run(served(engine(error=1.0), attempts=2).complete(PROMPT, Sampling(1.0, 8, 1)))
+
+
+def test_an_engine_that_answers_nothing_is_declared_dead() -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineDied, match=r"0\.3 s"):
+        run(served(engine(hang=1.0), stuck_seconds=0.3).complete(PROMPT, Sampling(1.0, 8, 1)))
+    assert time.monotonic() - started < 5
+
+
+def test_a_slow_request_is_asked_again_while_others_are_answered() -> None:
+    """The watchdog looks at the engine, the time-out at the request."""
+    metered = served(engine(hang=0.3, latency_seconds=0.05), request_seconds=0.5, stuck_seconds=60, attempts=20)
+
+    async def all_of_them() -> list[Completion]:
+        return await asyncio.gather(*(metered.complete(PROMPT, Sampling(1.0, 8, seed)) for seed in range(12)))
+
+    assert len(asyncio.run(all_of_them())) == 12 and metered.usage.retries > 0
+
+
+def test_busy_time_is_that_with_a_request_in_flight() -> None:
+    fake = engine(latency_seconds=0.2, latency_spread=0)
+    around = Served(fake, fake.config)
+
+    async def work() -> tuple[float, float]:
+        metered = Metered(around)
+        await asyncio.gather(*(metered.complete(PROMPT, Sampling(1.0, 8, seed)) for seed in range(3)))
+        await asyncio.sleep(0.3)
+        return around.busy_seconds(), around.busy_seconds()
+
+    busy, again = asyncio.run(work())
+    assert 0.19 <= busy < 0.29 and again == 0
