@@ -1,6 +1,7 @@
 """Engine actors, and the fleet that feeds them.
 
-A fleet keeps several shards in flight per engine so that none drains, and hands finished shards to the caller. An engine that dies loses
+A fleet keeps several shards in flight per engine so that none drains, and hands finished shards to the caller, who may answer with
+more: the shards of a next stage, for the same engines or for others. An engine that dies loses
 nothing: Ray starts it again, and its shards are run again, one at a time, to find out whether one of them kills engines. A shard that does
 is split until the row is found; the stage then gives that row up, and the rest goes on.
 """
@@ -9,7 +10,7 @@ import asyncio
 import os
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +29,7 @@ ResultT = TypeVar("ResultT")
 
 MAX_DEATHS = 3
 """So many times may a shard that cannot be split or given up kill its engine, and an engine die without finishing a shard."""
+TICK_SECONDS = 1.0
 
 
 def _no_prefix(shard: Any) -> str:
@@ -52,8 +54,9 @@ class Stage(Generic[ShardT, ResultT]):
 
 @dataclass(frozen=True)
 class Done(Generic[ShardT, ResultT]):
-    """A finished shard, and what it cost."""
+    """A finished shard of a line, and what it cost."""
 
+    line: "Line[ShardT, ResultT]"
     shard: ShardT
     result: ResultT
     usage: Usage
@@ -120,6 +123,7 @@ async def _alive(work: Awaitable[Any]) -> Any:
 class _Work:
     """A shard and how often it was in an engine that died."""
 
+    line: "Line"
     shard: Any
     size: int
     deaths: int = 0
@@ -150,91 +154,170 @@ class Fleet:
 
     def __init__(self, actors: list[Any], capacity: int) -> None:
         self.actors, self.capacity = actors, capacity
-        self._weights: Weights | None = None
+        self.weights: Weights | None = None
         self._homes: dict[str, int] = {}
 
     def map(self, stage: Stage[ShardT, ResultT], shards: Iterable[ShardT]) -> Iterator[Done[ShardT, ResultT]]:
         """Runs `stage` on every shard and yields them as they finish. Raises SpecmillError when one fails."""
-        waiting: dict[str, deque[_Work]] = {}
-        for shard in shards:
-            waiting.setdefault(stage.prefix(shard), deque()).append(_Work(shard, stage.size(shard)))
-        suspects: deque[_Work] = deque()
-        slots = [_Slot(actor) for actor in self.actors]
-        while waiting or suspects or any(slot.running for slot in slots):
-            self._fill(stage, slots, waiting, suspects)
-            pending = [*(ref for slot in slots for ref in slot.running), *(slot.returning for slot in slots if slot.returning)]
-            (ready,), _ = ray.wait(pending, num_returns=1)
-            slot = next(slot for slot in slots if ready in slot.running or ready == slot.returning)
-            if ready == slot.returning:
-                answer(ready, "an engine did not start again")
-                slot.returning = None
-                continue
-            try:
-                result, usage = answer(ready)
-            except RayActorError as error:
-                yield from self._bury(stage, slot, suspects, last_line(error))
-                continue
-            slot.deaths = 0
-            yield Done(slot.running.pop(ready).shard, result, usage)
+        line = Line(stage, lambda: self)
+        line.add(shards)
+        yield from run([line])
 
-    def _fill(self, stage: Stage, slots: list[_Slot], waiting: dict[str, deque[_Work]], suspects: deque[_Work]) -> None:
+    def load_weights(self, path: str, version: int) -> None:
+        """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""
+        self.weights = Weights(path, version, uuid.uuid4().hex)
+        for ready in [actor.ready.remote(self.weights) for actor in self.actors]:
+            answer(ready, "an engine died while it took weights")
+
+    def home(self, prefixes: Iterable[str], number: int) -> str:
+        """Which prefix engine `number` goes on with: one that it is home to, else one without a home, else the first."""
+        prefixes = list(prefixes)
+        at_home = (name for name in prefixes if self._homes.get(name) == number)
+        homeless = (name for name in prefixes if name not in self._homes)
+        name = next(at_home, None) or next(homeless, None) or prefixes[0]
+        self._homes.setdefault(name, number)
+        return name
+
+
+class Line(Generic[ShardT, ResultT]):
+    """Shards of one stage that wait for a fleet, which is asked for when the first one does. More may be added while it runs."""
+
+    def __init__(self, stage: Stage[ShardT, ResultT], fleet: Callable[[], Fleet]) -> None:
+        self.stage, self.fleet = stage, fleet
+        self.waiting = 0
+        """Requests of the shards that wait."""
+        self._queues: dict[str, deque[_Work]] = {}
+
+    def add(self, shards: Iterable[ShardT]) -> None:
+        """Shards to run after those that wait already."""
+        for shard in shards:
+            self._put(shard, deque.append)
+
+    def take(self, fleet: Fleet, number: int, limit: int) -> _Work:
+        """The next shard for engine `number`, cut to `limit` requests if it can be: towards the end all engines share what is left."""
+        longest_first = sorted(self._queues, key=lambda name: -len(self._queues[name]))
+        name = fleet.home(longest_first, number)
+        work = self._queues[name].popleft()
+        self.waiting -= work.size
+        if not self._queues[name]:
+            del self._queues[name]
+        while work.size > limit and self.stage.split and len(parts := self.stage.split(work.shard)) > 1:
+            for part in reversed(parts[1:]):
+                self._put(part, deque.appendleft)
+            work = _Work(self, parts[0], self.stage.size(parts[0]))
+        return work
+
+    def _put(self, shard: ShardT, put: Callable[[deque[_Work], _Work], None]) -> None:
+        work = _Work(self, shard, self.stage.size(shard))
+        self.waiting += work.size
+        put(self._queues.setdefault(self.stage.prefix(shard), deque()), work)
+
+
+class _Feeder:
+    """Feeds one fleet from the lines that want it, the first ones first."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.slots = [_Slot(actor) for actor in fleet.actors]
+        self.suspects: deque[_Work] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way or in doubt."""
+        return bool(self.suspects) or any(slot.running for slot in self.slots)
+
+    def pending(self) -> list[Any]:
+        """Answers that are waited for."""
+        running = [ref for slot in self.slots for ref in slot.running]
+        return running + [slot.returning for slot in self.slots if slot.returning is not None]
+
+    def fill(self, lines: Sequence[Line], waiting: int) -> None:
         """Hands out work until every engine has a shard more than it can work on: the next one overlaps the tail of the last.
 
-        A suspect gets an engine for itself: first of all that one, back and empty, in which it was.
+        A suspect gets an engine for itself: first of all that one, back and empty, in which it was. `waiting`: requests of all lines.
         """
-        for slot in slots:
-            if suspects and slot.open and not slot.running:
-                self._start(stage, slot, suspects.popleft())
-        while waiting:
-            able = [number for number, slot in enumerate(slots) if slot.open and (len(slot.running) < 2 or slot.load <= self.capacity)]
+        for slot in self.slots:
+            if self.suspects and slot.open and not slot.running:
+                self._start(slot, self.suspects.popleft())
+        while line := next((line for line in lines if line.waiting), None):
+            able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load <= self.fleet.capacity)]
             if not able:
                 return
-            number = min(able, key=lambda number: slots[number].load)
-            self._start(stage, slots[number], self._take(waiting, number))
+            slot = min(able, key=lambda slot: slot.load)
+            share = max(self.fleet.capacity // 4, waiting // (2 * len(self.slots)), 1)
+            work = line.take(self.fleet, self.slots.index(slot), share)
+            waiting -= work.size
+            self._start(slot, work)
 
-    def _start(self, stage: Stage, slot: _Slot, work: _Work) -> None:
-        slot.running[slot.actor.run.remote(stage.run, work.shard, self._weights)] = work
+    def receive(self, ready: Any) -> Iterator[Done]:
+        """Takes an answer, if it is of this fleet."""
+        slot = next((slot for slot in self.slots if ready in slot.running or ready == slot.returning), None)
+        if slot is None:
+            return
+        if ready == slot.returning:
+            answer(ready, "an engine did not start again")
+            slot.returning = None
+            return
+        try:
+            result, usage = answer(ready)
+        except RayActorError as error:
+            yield from self._bury(slot, last_line(error))
+            return
+        slot.deaths = 0
+        work = slot.running.pop(ready)
+        yield Done(work.line, work.shard, result, usage)
 
-    def _bury(self, stage: Stage[ShardT, ResultT], slot: _Slot, suspects: deque[_Work], reason: str) -> Iterator[Done[ShardT, ResultT]]:
+    def _start(self, slot: _Slot, work: _Work) -> None:
+        slot.running[slot.actor.run.remote(work.line.stage.run, work.shard, self.fleet.weights)] = work
+
+    def _bury(self, slot: _Slot, reason: str) -> Iterator[Done]:
         """After the death of an engine: its shards are suspects; one that was alone in it is split or given up."""
         dead = list(slot.running.values())
         slot.running.clear()
         slot.deaths += 1
         if slot.deaths > MAX_DEATHS * 4:
             raise SpecmillError(f"an engine died {slot.deaths} times without finishing a shard: {reason}")
-        slot.returning = slot.actor.ready.remote(self._weights)
+        slot.returning = slot.actor.ready.remote(self.fleet.weights)
         for work in dead:
             work.deaths += 1
         if len(dead) > 1 or dead[0].deaths < 2:
-            suspects.extend(dead)
+            self.suspects.extend(dead)
             return
         (work,) = dead
+        stage = work.line.stage
         parts = stage.split(work.shard) if stage.split else [work.shard]
         if len(parts) > 1:
-            suspects.extend(_Work(part, stage.size(part), deaths=1) for part in parts)
+            self.suspects.extend(_Work(work.line, part, stage.size(part), deaths=1) for part in parts)
         elif stage.give_up:
-            yield Done(work.shard, stage.give_up(work.shard, f"it killed its engine {work.deaths} times: {reason}"), Usage())
+            given_up = stage.give_up(work.shard, f"it killed its engine {work.deaths} times: {reason}")
+            yield Done(work.line, work.shard, given_up, Usage())
         elif work.deaths >= MAX_DEATHS:
             raise SpecmillError(f"a shard killed its engine {work.deaths} times: {reason}")
         else:
-            suspects.append(work)
+            self.suspects.append(work)
 
-    def _take(self, waiting: dict[str, deque[_Work]], number: int) -> _Work:
-        """The next shard for an engine: of a prefix that it is home to, else of one without a home, else of the longest queue."""
-        at_home = (name for name in waiting if self._homes.get(name) == number)
-        homeless = (name for name in waiting if name not in self._homes)
-        name = next(at_home, None) or next(homeless, None) or max(waiting, key=lambda name: len(waiting[name]))
-        self._homes.setdefault(name, number)
-        work = waiting[name].popleft()
-        if not waiting[name]:
-            del waiting[name]
-        return work
 
-    def load_weights(self, path: str, version: int) -> None:
-        """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""
-        self._weights = Weights(path, version, uuid.uuid4().hex)
-        for ready in [actor.ready.remote(self._weights) for actor in self.actors]:
-            answer(ready, "an engine died while it took weights")
+def run(lines: Sequence[Line], tick: Callable[[], None] | None = None) -> Iterator[Done]:
+    """Runs all shards of the lines, and those that are added between two results. Lines that come first have precedence on a fleet
+    that they share. `tick` is called every second. Raises SpecmillError when a shard fails."""
+    feeders: dict[int, _Feeder] = {}
+    while True:
+        for line in lines:
+            if line.waiting:
+                fleet = line.fleet()
+                feeders.setdefault(id(fleet), _Feeder(fleet))
+        waiting = sum(line.waiting for line in lines)
+        if not waiting and not any(feeder.busy for feeder in feeders.values()):
+            return
+        for feeder in feeders.values():
+            feeder.fill([line for line in lines if line.waiting and line.fleet() is feeder.fleet], waiting)
+        pending = [ref for feeder in feeders.values() for ref in feeder.pending()]
+        ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS if tick else None)
+        if tick:
+            tick()
+        for ref in ready:
+            for feeder in feeders.values():
+                yield from feeder.receive(ref)
 
 
 def answer(ref: Any, died: str = "") -> Any:

@@ -42,7 +42,7 @@ class RunConfig(Strict):
         content = self.model_dump(mode="json", exclude={"root", "name", "policy", "prompts"})
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
-        for stage, fields in (("generate", {"shard_prompts"}), ("sft", UNIMPORTANT), ("rl", UNIMPORTANT)):
+        for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"}), ("sft", UNIMPORTANT), ("rl", UNIMPORTANT)):
             content[stage] = {name: value for name, value in content[stage].items() if name not in fields}
         return content
 

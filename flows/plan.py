@@ -5,14 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cluster.engine import EngineConfig
 from cluster.serving import Usage
-from flows.workspace import Workspace
+from flows.workspace import Workspace, survey
 from tasks import complete, judge
 from tasks.complete import Request
-from tasks.dataset import gather
-from tasks.prompts import Prompt, prompt_hash
-from tasks.store import Ledger, Shard, Store
+from tasks.keyset import KeySet, column_keys
+from tasks.store import Ledger
+from tasks.wanted import Wanted
 
 ORIGINS = ["prompt_hash", "sample", "spec_hash", "template_hash", "sampling_hash", "generator", "generator_revision"]
 
@@ -45,24 +50,11 @@ class Estimate:
 
 def plan(run: Workspace) -> tuple[list[Line], list[Estimate]]:
     """The lines of both stages by category, and what they will cost."""
-    ledger = Ledger(run.store, complete.STAGE)
-    here, _ = ledger.survey()
-    wanted = complete.wanted(run.split("sft"), run.requests, run.config.generate.n)
-    done = run.store.keys(here, set(wanted))
-    lines = {category: Line("complete", category) for category in run.policy.categories}
-    missing = []
-    for key, (prompt, sample) in wanted.items():
-        line = lines[prompt.category]
-        line.wanted += 1
-        line.reused += key in done
-        if key not in done:
-            missing.append((prompt, sample))
-    for (prompt, _), reason in zip(missing, _reasons(run.store, here, missing, run.requests), strict=True):
-        lines[prompt.category].reasons[reason] += 1
-    judged = _judge_lines(run, here, wanted, done)
-    return [*lines.values(), *judged.values()], [
-        _estimate(ledger, lines.values(), run.config.generate.engine),
-        _estimate(Ledger(run.store, judge.STAGE), judged.values(), run.config.judge.engine),
+    completions, judgements = Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE)
+    wanted, _ = survey(run, completions, judgements)
+    return [*_complete_lines(run, wanted, completions), *_judge_lines(run, wanted, judgements)], [
+        _estimate(completions, int((~wanted.made).sum()), run.config.generate.engine),
+        _estimate(judgements, _runs_to_make(run, wanted), run.config.judge.engine),
     ]
 
 
@@ -75,40 +67,58 @@ def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate]) -> str:
     return "\n".join([*_table(rows), "", *map(_sentence, estimates)])
 
 
-def _judge_lines(run: Workspace, here: list[Shard], wanted: dict[bytes, tuple[Prompt, int]], done: set[bytes]) -> dict[str, Line]:
-    """Verdicts wanted of the completions that are there, and, for those to come, as many as if all passed the gates."""
-    lines = {category: Line("judge", category) for category in run.policy.categories}
-    k = run.config.judge.k
-    there = {key: wanted[key] for key in wanted if key in done}
-    rows, dropped = gather(run.store, here, there, run.policy, run.specs, run.config.gates)
-    passed = {row["key"]: row["category"] for row in rows if row["key"] not in dropped}
-    runs = judge.wanted(passed, run.judge_hash("full"), k)
-    shards = Ledger(run.store, judge.STAGE).survey()[0]
-    limits = {key: run.config.select.limit(category) for key, category in passed.items()}
-    missing = judge.missing_runs(run.store, shards, runs, limits, run.config.judge)
-    known = _judged_before(run.store, shards, set(missing), run.judge_hash("full"))
-    for completion, category in passed.items():
-        to_make = len(missing.get(completion, ()))
-        lines[category].wanted += k
-        lines[category].reused += k - to_make
-        if to_make:
-            lines[category].reasons[known.get(completion, "new completion")] += to_make
-    for key, (prompt, _) in wanted.items():
-        if key not in done:
-            lines[prompt.category].wanted += k
-            lines[prompt.category].reasons["of completions to come"] += k
-    return lines
-
-
-def _reasons(store: Store, shards: list[Shard], missing: list[tuple[Prompt, int]], asked: dict[str, Request]) -> list[str]:
-    """Why each missing completion is not there: the first part of its key in which the nearest older one differs."""
-    names = {prompt_hash(prompt.messages) for prompt, _ in missing}
+def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line]:
+    all_rows, made = wanted.count(np.ones(len(wanted))), wanted.count(wanted.made)
+    lines = {category: Line("complete", category, all_rows[category], made[category]) for category in all_rows}
+    named: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for part, pairs in wanted.missing_completions():
+        names = run.store.read_table(part.path, ["prompt_hash"])["prompt_hash"]
+        for row, sample in pairs:
+            named[names[row].as_py()].append((part.category, sample))
     older: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for shard in shards if names else []:
-        for row in store.read_table(shard.path, ORIGINS).to_pylist():
-            if row["prompt_hash"] in names:
+    for _, table in run.store.read_shards(ledger.shards() if named else [], ORIGINS):
+        if table is not None:
+            for row in table.filter(pc.is_in(table["prompt_hash"], pa.array(list(named)))).to_pylist():
                 older[row["prompt_hash"]].append(row)
-    return [_reason(older[prompt_hash(prompt.messages)], sample, asked[prompt.category]) for prompt, sample in missing]
+    for name, missing in named.items():
+        for category, sample in missing:
+            lines[category].reasons[_reason(older[name], sample, run.requests[category])] += 1
+    return list(lines.values())
+
+
+def _judge_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line]:
+    """Verdicts wanted of the completions that are there, and, for those to come, as many as if all passed the gates."""
+    k = run.config.judge.k
+    missing = wanted.missing_runs(run.config.judge, run.limits)
+    passed, to_make, to_come = wanted.count(wanted.passed), wanted.count(missing), wanted.count(~wanted.made)
+    lines = {category: Line("judge", category, k * (passed[category] + to_come[category])) for category in passed}
+    for category, line in lines.items():
+        line.reused = k * passed[category] - to_make[category]
+        line.reasons["of completions to come"] += k * to_come[category]
+    index = np.flatnonzero(missing.any(axis=1))
+    known = _judged_before(run, wanted, index, ledger)
+    for number, why in zip(index, known, strict=True):
+        lines[wanted.categories[wanted.category[number]]].reasons[why] += int(missing[number].sum())
+    for line in lines.values():
+        line.reasons += Counter()  # without the reasons that nothing has
+    return list(lines.values())
+
+
+def _runs_to_make(run: Workspace, wanted: Wanted) -> int:
+    return int(wanted.missing_runs(run.config.judge, run.limits).sum()) + run.config.judge.k * int((~wanted.made).sum())
+
+
+def _judged_before(run: Workspace, wanted: Wanted, index: npt.NDArray[np.int64], ledger: Ledger) -> list[str]:
+    """Why each of some completions has verdicts to make."""
+    by_this, by_another = KeySet(), KeySet()
+    for _, table in run.store.read_shards(ledger.shards() if len(index) else [], ["completion_key", "judge_hash"]):
+        if table is not None:
+            mine = pc.equal(table["judge_hash"], run.judge_hash("full")).to_numpy()
+            keys = column_keys(table["completion_key"])
+            by_this.add(keys[mine])
+            by_another.add(keys[~mine])
+    same, other = by_this.holds(wanted.keys[index]), by_another.holds(wanted.keys[index])
+    return list(np.select([same, other], ["more runs", "judge changed"], "new completion"))
 
 
 def _reason(older: list[dict[str, Any]], sample: int, asked: Request) -> str:
@@ -134,26 +144,13 @@ def _reason(older: list[dict[str, Any]], sample: int, asked: Request) -> str:
     return f"{' and '.join(nearest)} changed" if nearest else "lost"
 
 
-def _judged_before(store: Store, shards: list[Shard], completions: set[bytes], judge_digest: str) -> dict[bytes, str]:
-    """Completion -> why verdicts of it are missing although it was judged before."""
-    found: dict[bytes, str] = {}
-    for shard in shards:
-        for row in store.read_table(shard.path, ["completion_key", "judge_hash"]).to_pylist():
-            if row["completion_key"] in completions:
-                same = row["judge_hash"] == judge_digest
-                found[row["completion_key"]] = "more runs" if same else found.get(row["completion_key"], "judge changed")
-    return found
-
-
-def _estimate(ledger: Ledger, lines: Iterable[Line], engine: EngineConfig) -> Estimate:
-    rows = made = 0
-    usage = Usage()
+def _estimate(ledger: Ledger, rows: int, engine: EngineConfig) -> Estimate:
+    made, usage = 0, Usage()
     for entry in ledger.entries():
         cost = Usage(**entry["usage"])
         if cost.busy_seconds:
             made += sum(shard["rows"] for shard in entry["shards"])
             usage += cost
-    rows = sum(line.to_do for line in lines)
     return Estimate(ledger.stage, rows, usage.scaled(rows / made) if made else None, engine.engines)
 
 

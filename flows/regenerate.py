@@ -3,7 +3,7 @@
 from prefect import flow
 
 from flows.config import RunRequest
-from flows.steps import complete_step, judge_step, select_step
+from flows.steps import complete_and_judge_step, select_step
 from flows.workspace import opened
 from tasks.dataset import Dataset
 
@@ -12,7 +12,6 @@ from tasks.dataset import Dataset
 def regenerate(request: RunRequest) -> Dataset:
     """Completes, judges and selects; returns the dataset version."""
     with opened(request) as run:
-        complete_step(run)
-        judge_step(run)
+        complete_and_judge_step(run)
         run.dataset = select_step(run)
         return run.dataset

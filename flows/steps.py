@@ -1,20 +1,21 @@
 """The Prefect tasks of the flows, one per stage. They pass handles and keys, never rows; the ledgers, not Prefect, know what is done."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from cluster.fleet import Done, Line
 from cluster.models import weights_digest
 from cluster.pool import Pool
-from flows.workspace import Workspace
+from flows.workspace import Workspace, survey
 from tasks import checkpoints as ckpt
 from tasks import complete, evaluate, judge, rl, sft
 from tasks.checkpoints import Checkpoint
-from tasks.dataset import Dataset, candidates, gather, publish
+from tasks.dataset import Dataset, candidates, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import code_version, digest
 from tasks.progress import Progress, say
@@ -22,72 +23,77 @@ from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
 from tasks.store import Ledger, Store
 from tasks.training_rows import training_rows
-from tasks.work import run_shards
+from tasks.work import Pairs, Receipt, Tally, work
 
 
-@task(name="complete", cache_policy=NO_CACHE)
-def complete_step(run: Workspace) -> None:
-    """Draws the completions of the SFT split that no ledger entry holds."""
-    config, store = run.config.generate, run.store
-    ledger = Ledger(store, complete.STAGE)
-    wanted = complete.wanted(run.split("sft"), run.requests, config.n)
-    here, lost = ledger.survey()
-    done = store.keys(here, set(wanted))
-    missing = [item for key, item in wanted.items() if key not in done]
-    shards = complete.cut(missing, run.requests, store.root, run.generator.model, config)
-    _announce(run.generator, needed=bool(shards))
-    with Progress("complete", "completions") as progress:
-        run_shards(run.generator, ledger, complete.COMPLETE, shards, lost, progress)
-    run.note("complete", wanted=len(wanted), reused=len(wanted) - len(missing), made=len(missing), lost_shards=len(lost))
+@task(name="complete and judge", cache_policy=NO_CACHE)
+def complete_and_judge_step(run: Workspace) -> None:
+    """Draws the completions of the SFT split that no ledger entry holds and judges, k times, those that pass the gates.
 
+    A completion shard that is finished is judged while the next ones are drawn.
+    """
+    config, store = run.config, run.store
+    completions, judgements = Ledger(store, complete.STAGE), Ledger(store, judge.STAGE)
+    wanted, lost = survey(run, completions, judgements)
+    generating, judging = Line(complete.COMPLETE, run.generator.fleet), Line(judge.JUDGE, run.judge.fleet)
+    with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged:
+        tallies: dict[Line, Tally] = {judging: Tally(judgements, judged, lost[1]), generating: Tally(completions, drawn, lost[0])}
+        for part, pairs in wanted.missing_completions():
+            request, size = run.requests[part.category], config.generate.shard_rows
+            shard = complete.CompletionShard(store.root, run.generator.model, config.generate, request, run.gates, part.path, pairs)
+            tallies[generating].add(generating, [replace(shard, pairs=piece) for piece in pairs.pieces(size)])
+        runs = wanted.missing_runs(config.judge, run.limits)
+        for source, category, pairs in wanted.judgements_to_make(runs):
+            tallies[judging].add(judging, [run.judgement_shard(source, category, pairs)])
+        reused = int(wanted.made.sum())
+        wanted_runs, dropped = int(wanted.passed.sum()) * config.judge.k, int((wanted.made & ~wanted.passed).sum())
 
-@task(name="judge", cache_policy=NO_CACHE)
-def judge_step(run: Workspace) -> None:
-    """Judges, k times, the completions that pass the gates."""
-    config, store = run.config.judge, run.store
-    rows, dropped = _completions(run)
-    ledger = Ledger(store, judge.STAGE)
-    passed = [row for row in rows if row["key"] not in dropped]
-    wanted = judge.wanted([row["key"] for row in passed], run.judge_hash("full"), config.k)
-    here, lost = ledger.survey()
-    limits = {row["key"]: run.config.select.limit(row["category"]) for row in passed}
-    missing = judge.missing_runs(store, here, wanted, limits, config)
-    shards = _judgement_shards(run, passed, missing)
-    _announce(run.judge, needed=bool(shards))
-    with Progress("judge", "verdicts") as progress:
-        made = run_shards(run.judge, ledger, judge.JUDGE, shards, lost, progress)
-    asked = sum(map(len, missing.values()))
+        def follow(done: Done) -> None:
+            nonlocal wanted_runs, dropped
+            if done.line is generating:
+                receipt: Receipt = done.result
+                pairs = Pairs.product(receipt.passed, config.judge.k)
+                wanted_runs, dropped = wanted_runs + len(pairs), dropped + receipt.file.rows - len(receipt.passed)
+                if len(pairs):
+                    tallies[judging].add(judging, [run.judgement_shard(receipt.file, done.shard.request.category, pairs)])
+
+        del wanted
+        if config.judge.overlap or run.judge is run.generator:
+            _announce(run.generator, needed=bool(generating.waiting))
+            _announce(run.judge, needed=bool(judging.waiting))
+            work(tallies, follow)
+        else:
+            for line, pool in ((generating, run.generator), (judging, run.judge)):
+                _announce(pool, needed=bool(line.waiting))
+                work({line: tallies[line]}, follow)
+                pool.close()
+        for tally in tallies.values():
+            tally.balance()
+    drawn_rows, verdicts = tallies[generating], tallies[judging]
+    run.note("complete", wanted=reused + drawn_rows.made, reused=reused, made=drawn_rows.made, lost_shards=len(lost[0]))
     run.note(
         "judge",
-        wanted=len(wanted),
-        reused=len(wanted) - asked,
-        made=made.rows,
-        skipped=made.skipped,
-        gated=len(dropped),
-        lost_shards=len(lost),
+        wanted=wanted_runs,
+        reused=wanted_runs - verdicts.asked,
+        made=verdicts.made,
+        skipped=verdicts.skipped,
+        gated=dropped,
+        lost_shards=len(lost[1]),
     )
 
 
 @task(name="select", cache_policy=NO_CACHE)
 def select_step(run: Workspace) -> Dataset:
     """Selects rows and publishes the dataset version; stops with the funnel when too little is left."""
-    config, store = run.config, run.store
-    rows, dropped = _completions(run)
-    left = set(judge.wanted([row["key"] for row in rows], run.judge_hash("full"), config.judge.k))
-    verdicts = []
-    for shard in Ledger(store, judge.STAGE).survey()[0]:
-        for row in store.read_table(shard.path, ["key", "completion_key", "run", "score"]).to_pylist():
-            if row["key"] in left:
-                left.remove(row["key"])
-                verdicts.append(row)
-    pool = candidates(rows, dropped, verdicts, config.judge.k)
-    kept = select(pool, config.select)
-    table = funnel(pool)
-    require_kept(kept, table, config.select)
-    prompts = {prompt.id: prompt for prompt in run.loaded.prompts}
-    dataset = publish(store, config.name, rows, pool, prompts, run.splits, _provenance(run), table)
-    categories = len({candidate.category for candidate in kept})
-    run.note("select", completions=len(pool), kept=len(kept), dropped=len(pool) - len(kept), categories=categories)
+    wanted, _ = survey(run, Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE))
+    found = candidates(wanted)
+    select(found, run.config.select)
+    table = funnel(found)
+    require_kept(table, run.config.select)
+    dataset = publish(run.store, run.config.name, run.prompts, wanted, found, _provenance(run))
+    kept = dataset.manifest["rows"]
+    categories = sum("kept" in counts for counts in table.values())
+    run.note("select", completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories)
     return dataset
 
 
@@ -95,7 +101,7 @@ def select_step(run: Workspace) -> Dataset:
 def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
     """Supervised fine-tuning of the base model on the dataset, mixed with capability rows."""
     config, store, base = run.config.sft, run.store, run.base_model
-    table = training_rows(store, dataset, run.loaded.capability, complete.chat_of(base.path), config)
+    table = training_rows(store, dataset, run.prompts.capability, complete.chat_of(base.path), config)
     recipe = {
         "rows": digest(table.to_pylist()),
         "base": [base.id, base.revision],
@@ -201,38 +207,10 @@ def report_step(run: Workspace, dataset: Dataset, checkpoints: list[Checkpoint],
         "checkpoints": [f"checkpoints/{checkpoint.id}" for checkpoint in checkpoints],
         "evaluations": [f"evaluations/{evaluation.id}" for evaluation in evaluations],
         "stages": run.notes,
-        "quarantined": [asdict(row) for row in run.loaded.quarantined],
+        "quarantined": run.prompts.manifest["quarantined"],
         "provenance": _provenance(run) | {"parameters": run.config.parameters()},
     }
     return write_report(run.store, manifest, dataset, checkpoints, evaluations)
-
-
-def _completions(run: Workspace) -> tuple[list[dict[str, Any]], dict[bytes, str]]:
-    wanted = complete.wanted(run.split("sft"), run.requests, run.config.generate.n)
-    shards = Ledger(run.store, complete.STAGE).survey()[0]
-    return gather(run.store, shards, wanted, run.policy, run.specs, run.config.gates)
-
-
-def _judgement_shards(run: Workspace, passed: list[dict[str, Any]], missing: dict[bytes, list[int]]) -> list[judge.JudgementShard]:
-    """One shard per completion shard with something to judge: its rows are of one category and share the spec's prefix."""
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for row in passed:
-        if row["key"] in missing:
-            by_source.setdefault(row["source"], []).append(row)
-    prompts = {prompt.id: prompt for prompt in run.loaded.prompts}
-    return [
-        judge.JudgementShard(
-            run.store.root,
-            run.judge.model,
-            run.config.judge,
-            run.judge_hash("full"),
-            run.specs[rows[0]["category"]],
-            source,
-            {row["key"]: (prompts[row["prompt_id"]], tuple(missing[row["key"]])) for row in rows},
-            run.config.select.limit(rows[0]["category"]),
-        )
-        for source, rows in by_source.items()
-    ]
 
 
 def _provenance(run: Workspace) -> dict[str, Any]:
@@ -240,10 +218,10 @@ def _provenance(run: Workspace) -> dict[str, Any]:
     return {
         "policy": {"id": run.policy.bundle.id, "hash": digest({name: spec.hash for name, spec in run.specs.items()})},
         "prompts": {
-            "hash": run.prompts_hash,
-            "rows": len(run.loaded.prompts),
-            "capability": len(run.loaded.capability),
-            "quarantined": len(run.loaded.quarantined),
+            "hash": run.prompts.hash,
+            "rows": run.prompts.counts["prompts"],
+            "capability": run.prompts.counts["capability"],
+            "quarantined": run.prompts.counts["quarantined"],
         },
         "generator": {"id": run.generator.model.id, "revision": run.generator.model.revision},
         "judge": {"id": run.judge.model.id, "revision": run.judge.model.revision, "k": config.judge.k},

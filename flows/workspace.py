@@ -15,12 +15,16 @@ from tasks.checkpoints import Checkpoint, directory
 from tasks.complete import Request, chat_of, requests
 from tasks.compose import plain_turns
 from tasks.dataset import Dataset
-from tasks.judge import judge_hash
+from tasks.gates import Gates
+from tasks.judge import JudgementShard, judge_hash
 from tasks.keys import digest
 from tasks.policy import Policy, Spec, load_policy
 from tasks.progress import say
-from tasks.prompts import Loaded, Prompt, Split, load_prompts, split_groups
-from tasks.store import Store
+from tasks.prompt_set import PromptSet, load_prompts
+from tasks.prompts import Prompt, Split
+from tasks.store import Ledger, Shard, Store
+from tasks.wanted import Wanted
+from tasks.work import Pairs
 
 _current: ContextVar["Workspace | None"] = ContextVar("workspace", default=None)
 
@@ -31,7 +35,7 @@ class Workspace:
 
     config: RunConfig
     policy: Policy
-    loaded: Loaded
+    prompts: PromptSet
     store: Store
     generator: Pool
     judge: Pool
@@ -40,6 +44,7 @@ class Workspace:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stage -> what was reused, made, lost and quarantined in this invocation."""
+    _splits: dict[Split, list[Prompt]] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -51,17 +56,7 @@ class Workspace:
         """Hash of policy, prompts, models and parameters."""
         specs = {name: spec.hash for name, spec in self.specs.items()}
         models = [self.generator.model.id, self.generator.model.revision, self.judge.model.id, self.judge.model.revision]
-        return digest([specs, self.prompts_hash, models, self.config.parameters()])
-
-    @cached_property
-    def splits(self) -> dict[str, Split]:
-        """Scenario group -> split."""
-        return split_groups(self.loaded.prompts, self.policy)
-
-    @cached_property
-    def prompts_hash(self) -> str:
-        """Hash of all usable prompts and capability rows."""
-        return digest([item.model_dump() for item in [*self.loaded.prompts, *self.loaded.capability]])
+        return digest([specs, self.prompts.hash, models, self.config.parameters()])
 
     @cached_property
     def requests(self) -> dict[str, Request]:
@@ -73,9 +68,27 @@ class Workspace:
         """Category -> spec(category), the same for generator and judge."""
         return {category: request.spec for category, request in self.requests.items()}
 
+    @property
+    def gates(self) -> Gates:
+        """What the gates compare with."""
+        return Gates.of(self.config.gates, self.policy)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Category -> lowest score that is kept."""
+        return {category: self.config.select.limit(category) for category in self.policy.categories}
+
+    def judgement_shard(self, source: Shard, category: str, pairs: Pairs) -> JudgementShard:
+        """Runs of the judge on completions of one shard."""
+        spec, limit = self.specs[category], self.limits[category]
+        digest, judge = self.judge_hash("full"), self.judge.model
+        return JudgementShard(self.store.root, judge, self.config.judge, digest, spec, source.path, pairs, limit)
+
     def split(self, name: Split) -> list[Prompt]:
-        """The prompts of a split."""
-        return [prompt for prompt in self.loaded.prompts if self.splits[prompt.group] == name]
+        """The prompts of a split that is small enough to be held in memory."""
+        if name not in self._splits:
+            self._splits[name] = list(self.prompts.prompts(name))
+        return self._splits[name]
 
     def judge_hash(self, view: str) -> str:
         """Identity of the judge for a view: `full` or `blind`."""
@@ -112,9 +125,9 @@ def prepare(request: RunRequest) -> Workspace:
     """Reads and checks everything that a run needs, without starting anything. Raises UserError that says what to change."""
     config = load_run(request)
     policy = load_policy(config.policy)
-    loaded = load_prompts(config.prompts, policy)
     store = Store(config.root)
     store.check_writable()
+    prompts = load_prompts(store, config.prompts, policy)
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
@@ -122,9 +135,16 @@ def prepare(request: RunRequest) -> Workspace:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
     for pool in (generator, judge, policy_engine):
         pool.check_memory()
-    workspace = Workspace(config, policy, loaded, store, generator, judge, policy_engine)
+    workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine)
     _check(workspace)
     return workspace
+
+
+def survey(run: Workspace, completions: Ledger, judgements: Ledger) -> tuple[Wanted, tuple[list[str], list[str]]]:
+    """What the run wants and what of it is there; and the shards of both ledgers that are gone."""
+    wanted = Wanted.of(run.prompts, "sft", run.requests, run.config.generate.n, run.config.judge.k)
+    lost = wanted.mark_completions(run.store, completions.shards(), run.gates, run.specs)
+    return wanted, (lost, wanted.mark_judgements(run.store, judgements.shards(), run.judge_hash("full")))
 
 
 def _check(run: Workspace) -> None:
@@ -138,12 +158,12 @@ def _check(run: Workspace) -> None:
     few = (
         "Lower it, add scenario groups, or name the `split` of some: by their names, four of eight go to SFT, two to RL, two to evaluation."
     )
-    if len(run.split("rl")) < config.rl.prompts_per_step:
+    if run.prompts.size("rl") < config.rl.prompts_per_step:
         wanted = config.rl.prompts_per_step
-        raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {len(run.split('rl'))}. {few}")
+        raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. {few}")
     splits: tuple[Split, ...] = ("sft", "eval")
     for split in splits:
-        if not run.split(split):
+        if not run.prompts.size(split):
             raise UserError(f"{config.prompts}: not one scenario group falls to the split {split!r}. Add scenario groups.")
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
     limits: dict[Split, int] = {"rl": config.rl.max_tokens, "eval": config.evaluate.max_tokens}
@@ -159,10 +179,12 @@ def _check(run: Workspace) -> None:
 
 def _open(request: RunRequest, stack: ExitStack) -> Workspace:
     workspace = prepare(request)
-    loaded = workspace.loaded
-    say(f"run {workspace.run_id}: {len(loaded.prompts)} prompts, {len(loaded.capability)} capability rows -> {workspace.store.root}")
-    for row in loaded.quarantined:
-        say(f"  quarantined {row.file}:{row.line}: {row.reason}")
+    counts, shown = workspace.prompts.counts, workspace.prompts.manifest["quarantined"]
+    say(f"run {workspace.run_id}: {counts['prompts']} prompts, {counts['capability']} capability rows -> {workspace.store.root}")
+    for row in shown:
+        say(f"  quarantined {row['file']}:{row['line']}: {row['reason']}")
+    if counts["quarantined"] > len(shown):
+        say(f"  and {counts['quarantined'] - len(shown)} more: {workspace.store.path(workspace.prompts.path)}/quarantined")
     stack.enter_context(ray_session())
     for pool in {id(pool): pool for pool in (workspace.generator, workspace.judge, workspace.policy_engine)}.values():
         stack.enter_context(pool)

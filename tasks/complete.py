@@ -1,13 +1,12 @@
 """Spec-conditioned completion: n samples for every prompt of the SFT split, each under its own key.
 
-`wanted` names the keys, the stage `COMPLETE` draws those that no ledger entry holds. The ideal verdict never reaches this module.
+The stage `COMPLETE` draws what it is asked for and passes it through the gates. The ideal verdict never reaches this module.
 """
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -19,11 +18,13 @@ from cluster.fleet import Stage
 from cluster.models import Model
 from tasks import tables, thoughts
 from tasks.compose import TEMPLATE_HASH, Placement, generator_turns, plain_turns
-from tasks.keys import completion_key, digest, request_prefix
+from tasks.gates import Gates, gate
+from tasks.keys import KEY_BYTES, completion_key, digest, request_prefix
 from tasks.policy import Policy, Spec, render
-from tasks.prompts import Message, Prompt, prompt_hash
-from tasks.store import Shard, Store
+from tasks.prompts import Message
+from tasks.store import Store
 from tasks.validation import Strict
+from tasks.work import Pairs, Receipt
 
 STAGE = "completions"
 
@@ -43,13 +44,14 @@ class GenerateConfig(Strict):
     thought_characters: int = Field(600, ge=40, title="Thought length", description="Longest guided thought, in characters.")
     answer_characters: int = Field(600, ge=40, title="Answer length", description="Longest guided answer, in characters.")
     max_tokens: int = Field(5120, ge=16, title="Completion length", description="Longest completion, in tokens.")
-    shard_prompts: int = Field(8, ge=1, title="Prompts per shard", description="How work is cut; changes no key.")
+    shard_rows: int = Field(256, ge=1, title="Shard", description="Most completions in one file; changes no key. Smaller: less is lost.")
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked of the generator for one category: the same for all its prompts. `template` and `sampling` are hashes."""
 
+    category: str
     spec: Spec
     model: Model
     prefix: str
@@ -60,14 +62,15 @@ class Request:
 
 @dataclass(frozen=True)
 class CompletionShard:
-    """A unit of work: prompts of one category with the sample numbers wanted of each."""
+    """A unit of work: rows of a part of prompts with the sample numbers wanted of each."""
 
     root: str
     model: Model
     config: GenerateConfig
     request: Request
-    prompts: tuple[Prompt, ...]
-    samples: tuple[tuple[int, ...], ...]
+    gates: Gates
+    part: str
+    pairs: Pairs
 
 
 @lru_cache(maxsize=4)
@@ -99,7 +102,7 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
     for category in policy.categories:
         spec = render(policy, category, config.render_mode)
         prefix = request_prefix(spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling)
-        found[category] = Request(spec, model, prefix, template, digest(sampling), held)
+        found[category] = Request(category, spec, model, prefix, template, digest(sampling), held)
         empty = len(chat.prompt(generator_turns(spec, (Message(role="user", content="?"),), config.placement)))
         if empty + config.max_tokens > context:
             raise UserError(
@@ -109,82 +112,49 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
     return found
 
 
-def wanted(prompts: Iterable[Prompt], asked: dict[str, Request], n: int) -> dict[bytes, tuple[Prompt, int]]:
-    """Key -> (prompt, sample number) for every completion that the run wants."""
-    keys = {}
-    for prompt in prompts:
-        name = prompt_hash(prompt.messages)
-        for sample in range(n):
-            keys[completion_key(asked[prompt.category].prefix, name, sample)] = (prompt, sample)
-    return keys
-
-
-def cut(
-    missing: Iterable[tuple[Prompt, int]], asked: dict[str, Request], root: str, model: Model, config: GenerateConfig
-) -> list[CompletionShard]:
-    """Cuts missing completions into shards of one category each, so that a shard's requests share the spec's prefix."""
-    by_prompt: dict[str, tuple[Prompt, list[int]]] = {}
-    for prompt, sample in missing:
-        by_prompt.setdefault(prompt.id, (prompt, []))[1].append(sample)
-    by_category: dict[str, list[tuple[Prompt, list[int]]]] = {}
-    for prompt, numbers in by_prompt.values():
-        by_category.setdefault(prompt.category, []).append((prompt, numbers))
-    shards = []
-    for category, items in by_category.items():
-        for start in range(0, len(items), config.shard_prompts):
-            part = items[start : start + config.shard_prompts]
-            prompts = tuple(prompt for prompt, _ in part)
-            samples = tuple(tuple(numbers) for _, numbers in part)
-            shards.append(CompletionShard(root, model, config, asked[category], prompts, samples))
-    return shards
-
-
-async def complete_shard(engine: Engine, shard: CompletionShard) -> Shard:
-    """Draws, splits and writes the completions of a shard; returns the receipt. A request that the engine rejects is quarantined."""
+async def complete_shard(engine: Engine, shard: CompletionShard) -> Receipt:
+    """Draws, splits, gates and writes the completions of a shard. A request that the engine rejects is quarantined."""
     chat = chat_of(shard.model.path)
-    jobs = []
-    for prompt, samples in zip(shard.prompts, shard.samples, strict=True):
-        jobs += [_draw(engine, shard, prompt, sample, chat) for sample in samples]
-    rows = await asyncio.gather(*jobs)
-    return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(list(rows), schema=tables.COMPLETIONS))
+    prompts = _prompts(shard.root, shard.part)
+    return _write(shard, await asyncio.gather(*(_draw(engine, shard, prompts[row], sample, chat) for row, sample in shard.pairs)))
 
 
-def split(shard: CompletionShard) -> list[CompletionShard]:
-    """Two halves, by prompts or, of a single prompt, by samples; a single sample comes back alone."""
-    prompts, samples = shard.prompts, shard.samples
-    if len(prompts) > 1:
-        half = len(prompts) // 2
-        cuts = (slice(0, half), slice(half, None))
-        return [replace(shard, prompts=prompts[cut], samples=samples[cut]) for cut in cuts]
-    numbers = samples[0]
-    half = len(numbers) // 2
-    return [replace(shard, samples=(numbers[:half],)), replace(shard, samples=(numbers[half:],))] if half else [shard]
-
-
-def give_up(shard: CompletionShard, reason: str) -> Shard:
+def give_up(shard: CompletionShard, reason: str) -> Receipt:
     """Writes the rows of a shard that cannot be run, all of them quarantined."""
-    named = [(prompt, sample) for prompt, samples in zip(shard.prompts, shard.samples, strict=True) for sample in samples]
-    rows = [_row(shard, prompt, sample) | {"quarantined": reason} for prompt, sample in named]
-    return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.COMPLETIONS))
+    prompts = _prompts(shard.root, shard.part)
+    return _write(shard, [_row(shard, prompts[row], sample) | {"quarantined": reason} for row, sample in shard.pairs])
 
 
 COMPLETE = Stage(
     run=complete_shard,
-    size=lambda shard: sum(map(len, shard.samples)),
+    size=lambda shard: len(shard.pairs),
     prefix=lambda shard: shard.request.spec.hash,
-    split=split,
+    split=lambda shard: [replace(shard, pairs=half) for half in shard.pairs.halves()],
     give_up=give_up,
 )
 
 
-def _row(shard: CompletionShard, prompt: Prompt, sample: int) -> dict:
+@lru_cache(maxsize=8)
+def _prompts(root: str, part: str) -> list[dict[str, Any]]:
+    return list(Store(root).read_table(part, ["id", "prompt_hash", "category", "messages"]).to_pylist())
+
+
+def _write(shard: CompletionShard, rows: list[dict[str, Any]]) -> Receipt:
+    for row in rows:
+        row |= {"gates": shard.gates.hash, "drop_reason": gate(row, shard.gates, shard.request.spec)}
+    file = Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.COMPLETIONS))
+    return Receipt(file, passed=tuple(place for place, row in enumerate(rows) if row["drop_reason"] is None))
+
+
+def _row(shard: CompletionShard, prompt: dict[str, Any], sample: int) -> dict[str, Any]:
     """What is known of a completion before it is drawn."""
-    name = prompt_hash(prompt.messages)
+    name = prompt["prompt_hash"]
     return {
         "key": completion_key(shard.request.prefix, name, sample),
-        "prompt_id": prompt.id,
+        "prompt_id": prompt["id"],
         "prompt_hash": name,
-        "category": prompt.category,
+        "category": prompt["category"],
+        "messages": prompt["messages"],
         "sample": sample,
         "seed": seed_of(shard.config.seed, name, sample),
         "spec_hash": shard.request.spec.hash,
@@ -195,10 +165,11 @@ def _row(shard: CompletionShard, prompt: Prompt, sample: int) -> dict:
     }
 
 
-async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: int, chat: Chat) -> dict:
+async def _draw(engine: Engine, shard: CompletionShard, prompt: dict[str, Any], sample: int, chat: Chat) -> dict[str, Any]:
     config, row = shard.config, _row(shard, prompt, sample)
+    messages = [Message.model_validate(turn) for turn in prompt["messages"]]
     try:
-        ids = chat.prompt(generator_turns(shard.request.spec, prompt.messages, config.placement))
+        ids = chat.prompt(generator_turns(shard.request.spec, messages, config.placement))
         require_room(len(ids), config.max_tokens, config.engine)
         drawn = await engine.complete(ids, Sampling(config.temperature, config.max_tokens, row["seed"], grammar=shard.request.grammar))
     except (ValueError, UserError) as error:
@@ -206,17 +177,20 @@ async def _draw(engine: Engine, shard: CompletionShard, prompt: Prompt, sample: 
     return row | _outcome(drawn, chat, thoughts.opened(ids, chat))
 
 
-def _outcome(drawn: Completion, chat: Chat, opened: bool) -> dict:
+def _outcome(drawn: Completion, chat: Chat, opened: bool) -> dict[str, Any]:
     parts = thoughts.split(drawn.token_ids, chat, opened)
-    good = isinstance(parts, thoughts.Parts)
+    thought, answer = (parts.thought, parts.answer) if isinstance(parts, thoughts.Parts) else (None, None)
     return {
         "token_ids": drawn.token_ids,
-        "thought": parts.thought if good else None,  # type: ignore[union-attr]
-        "answer": parts.answer if good else None,  # type: ignore[union-attr]
-        "malformed": None if good else parts.reason,  # type: ignore[union-attr]
+        "thought": thought,
+        "answer": answer,
+        "malformed": parts.reason if isinstance(parts, thoughts.Malformed) else None,
         "finish_reason": drawn.finish_reason,
         "prompt_tokens": drawn.prompt_tokens,
         "cached_tokens": drawn.cached_tokens,
+        "content": bytes.fromhex(digest([thought, answer]))[:KEY_BYTES],
+        "cited_verdict": thoughts.cited_verdict(thought or ""),
+        "cited_clauses": thoughts.cited_clauses(thought or ""),
     }
 
 

@@ -3,23 +3,30 @@
 The training view carries no spec. A version exists when its manifest exists; its id is the hash of its rows and of where they came from.
 """
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.errors import SpecmillError
 from tasks import tables
-from tasks.gates import GateConfig, gate, spec_ngrams
 from tasks.keys import digest
-from tasks.policy import Policy, Spec
-from tasks.prompts import Prompt, Split
-from tasks.select import Candidate, funnel_markdown
-from tasks.store import Shard, Store
-from tasks.thoughts import cited_clauses, cited_verdict
+from tasks.keyset import column_keys
+from tasks.prompt_set import PromptSet
+from tasks.select import Candidates, funnel, funnel_markdown
+from tasks.store import Store
+from tasks.wanted import Wanted
+
+FILE_ROWS = 65536
+COMPLETED = [
+    "key", "category", "thought", "answer", "cited_verdict", "cited_clauses",
+    "spec_hash", "template_hash", "generator", "generator_revision",
+]  # fmt: skip
 
 NOT_CALIBRATED = (
     "**The judge is not calibrated against human labels, and a 135M model shows that the machine runs, not that a model is safe.**"
@@ -42,152 +49,120 @@ class Dataset:
         return [f"{self.path}/{file['path']}" for file in self.manifest["files"] if file["path"].startswith("data/")]
 
 
-def gather(
-    store: Store,
-    shards: Iterable[Shard],
-    wanted: dict[bytes, tuple[Prompt, int]],
-    policy: Policy,
-    specs: dict[str, Spec],
-    config: GateConfig,
-) -> tuple[list[dict[str, Any]], dict[bytes, str]]:
-    """Reads the wanted completions and passes them through the gates.
+def candidates(wanted: Wanted) -> Candidates:
+    """The completions of a run before the selection. Raises SpecmillError when one is not there."""
+    absent = int((~wanted.made).sum())
+    if absent:
+        raise SpecmillError(f"completions: {len(wanted)} rows are wanted, {absent} of them are in no shard")
+    return Candidates(
+        wanted.categories, wanted.category, wanted.verdict, wanted.prompt, wanted.sample,
+        wanted.scores, wanted.dropped.copy(), list(wanted.reasons),
+    )  # fmt: skip
 
-    Returns rows with `source` (their shard) and the id that their prompt has now, and the drop reason of every row that a gate stops;
-    a quarantined row's is `quarantined`. Raises SpecmillError when a wanted row is not there.
+
+def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: Candidates, provenance: dict[str, Any]) -> Dataset:
+    """Writes a dataset version, manifest last; finds it again when the same rows were published before.
+
+    Rows pass through memory file by file. Their order is that of the prompts and samples.
     """
-    copied = {category: spec_ngrams(spec, config.max_copied_words + 1) for category, spec in specs.items()}
-    rows: list[dict[str, Any]] = []
-    dropped: dict[bytes, str] = {}
-    left = set(wanted)
-    for shard in shards:
-        for row in store.read_table(shard.path).to_pylist():
-            if row["key"] not in left:
-                continue
-            left.remove(row["key"])
-            row |= {"source": shard.path, "prompt_id": wanted[row["key"]][0].id}
-            rows.append(row)
-            reason = "quarantined" if row["quarantined"] else gate(row, policy, copied[row["category"]], config)
-            if reason:
-                dropped[row["key"]] = reason
-    if left:
-        raise SpecmillError(f"completions: {len(wanted)} rows are wanted, {len(left)} of them are in no shard")
-    order = {key: number for number, key in enumerate(wanted)}
-    rows.sort(key=lambda row: order[row["key"]])  # whatever the order in which shards were finished
-    return rows, dropped
-
-
-def candidates(
-    rows: Iterable[dict[str, Any]], dropped: dict[bytes, str], judgements: Iterable[dict[str, Any]], runs_wanted: int
-) -> list[Candidate]:
-    """Joins completions with their judge runs."""
-    scores: dict[bytes, list[tuple[int, int]]] = {}
-    for row in judgements:
-        if row["score"] is not None:
-            scores.setdefault(row["completion_key"], []).append((row["run"], row["score"]))
-    found = []
-    for row in rows:
-        runs = tuple(score for _, score in sorted(scores.get(row["key"], [])))
-        verdict = cited_verdict(row["thought"] or "")
-        found.append(
-            Candidate(
-                row["key"],
-                row["prompt_id"],
-                row["category"],
-                verdict,
-                row["sample"],
-                runs,
-                runs_wanted,
-                dropped.get(row["key"]),
-            )
-        )
-    return found
-
-
-def publish(
-    store: Store,
-    name: str,
-    rows: list[dict[str, Any]],
-    pool: list[Candidate],
-    prompts: dict[str, Prompt],
-    splits: dict[str, Split],
-    provenance: dict[str, Any],
-    funnel: dict[str, dict[str, int]],
-) -> Dataset:
-    """Writes a dataset version, manifest last; finds it again when the same rows were published before."""
-    by_key = {row["key"]: row for row in rows}
-    kept = sorted((c for c in pool if c.drop_reason is None), key=lambda c: (c.prompt_id, c.sample))
-    train = [_training_row(by_key[c.key], prompts[c.prompt_id]) for c in kept]
-    audit = [_audit_row(c, by_key[c.key], prompts[c.prompt_id], splits, provenance) for c in pool]
-    named = [row | {"key": row["key"].hex()} for row in audit]
-    version = digest([train, named, {key: value for key, value in provenance.items() if key != "code"}])[:12]
+    rows = _content(store, wanted, found)
+    version = digest([rows, {key: value for key, value in provenance.items() if key != "code"}])[:12]
     path = f"datasets/{name}/{version}"
     known = store.read_json(f"{path}/manifest.json")
     if known and all(store.exists(f"{path}/{file['path']}") for file in known["files"]):
         return Dataset(name, version, path, known, reused=True)
-    files = []
-    for folder, table in (
-        ("data", pa.Table.from_pylist(train, schema=tables.TRAINING_VIEW)),
-        ("audit", pa.Table.from_pylist(audit, schema=tables.AUDIT_VIEW)),
-    ):
-        shard = asdict(store.put_table(f"{path}/{folder}", table))
-        files.append(shard | {"path": shard["path"].removeprefix(f"{path}/")})
+    files: list[dict[str, Any]] = []
+    verdicts: Counter[str] = Counter()
+    for tables_of_file in _files(_views(store, prompts, wanted, found, provenance["judge"])):
+        for folder, table in tables_of_file.items():
+            shard = asdict(store.put_table(f"{path}/{folder}", table))
+            files.append(shard | {"path": shard["path"].removeprefix(f"{path}/")})
+        audit = tables_of_file["audit"]
+        verdicts.update(audit.filter(audit["kept"])["ideal_verdict"].to_pylist())
+    kept, total = int(found.kept.sum()), len(wanted)
     manifest = {
         "version": 1,
         "kind": "dataset",
         "name": name,
         "id": version,
-        "rows": len(train),
+        "rows": kept,
         "files": files,
-        "funnel": funnel,
-        "balance": {"completions": len(pool), "kept": len(train), "dropped": sum(c.drop_reason is not None for c in pool)},
+        "funnel": funnel(found),
+        "balance": {"completions": total, "kept": kept, "dropped": total - kept},
         "provenance": provenance,
     }
-    store.replace(f"{path}/README.md", _card(manifest, kept, prompts).encode())
+    store.replace(f"{path}/README.md", _card(manifest, verdicts).encode())
     store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     return Dataset(name, version, path, manifest, reused=False)
 
 
-def _training_row(row: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
-    return {
-        "prompt_id": prompt.id,
-        "category": prompt.category,
-        "messages": [message.model_dump() for message in prompt.messages],
-        "thought": row["thought"],
-        "answer": row["answer"],
-    }
+def _content(store: Store, wanted: Wanted, found: Candidates) -> str:
+    """Hash of all rows and of what became of them."""
+    content = hashlib.sha256()
+    for _, index in wanted.by_part():
+        content.update(wanted.keys[index].tobytes())
+        content.update(found.scores[index].tobytes())
+        content.update(column_keys(wanted.rows(store, index, ["content"])["content"]).tobytes())
+        content.update("\n".join(found.reasons[number] or "kept" for number in found.reason[index]).encode())
+    return content.hexdigest()
 
 
-def _audit_row(
-    candidate: Candidate, row: dict[str, Any], prompt: Prompt, splits: dict[str, Split], provenance: dict[str, Any]
-) -> dict[str, Any]:
-    thought = row["thought"] or ""
-    return {
-        "key": candidate.key,
-        "prompt_id": prompt.id,
-        "category": prompt.category,
-        "cell": prompt.cell,
-        "group": prompt.group,
-        "split": splits[prompt.group],
-        "ideal_verdict": prompt.ideal_verdict,
-        "sample": candidate.sample,
-        "cited_verdict": cited_verdict(thought),
-        "cited_clauses": cited_clauses(thought),
-        "score": candidate.score,
-        "scores": list(candidate.scores),
-        "spec_hash": row["spec_hash"],
-        "template_hash": row["template_hash"],
-        "generator": row["generator"],
-        "generator_revision": row["generator_revision"],
-        "judge": provenance["judge"]["id"],
-        "judge_revision": provenance["judge"]["revision"],
-        "kept": candidate.drop_reason is None,
-        "drop_reason": candidate.drop_reason,
-    }
+def _views(store: Store, prompts: PromptSet, wanted: Wanted, found: Candidates, judge: dict[str, Any]) -> Iterator[dict[str, pa.Table]]:
+    """Training and audit view of every part of the prompts."""
+    all_scores, is_kept = found.score, found.kept
+    for part, index in wanted.by_part():
+        made = wanted.rows(store, index, COMPLETED)
+        asked = store.read_table(part.path, ["id", "messages", "cell", "group", "ideal_verdict"]).take(wanted.row[index])
+        scores, score = found.scores[index], all_scores[index]
+        starts = np.concatenate([[0], np.cumsum((scores > 0).sum(axis=1))]).astype(np.int32)
+        kept = pa.array(is_kept[index])
+        reasons = [found.reasons[number] for number in found.reason[index]]
+        same = {"prompt_id": asked["id"], "category": made["category"]}
+        audit = same | {
+            "key": made["key"],
+            "cell": asked["cell"],
+            "group": asked["group"],
+            "split": _repeated("sft", len(index)),
+            "ideal_verdict": asked["ideal_verdict"],
+            "sample": pa.array(wanted.sample[index], pa.int32()),
+            "cited_verdict": made["cited_verdict"],
+            "cited_clauses": made["cited_clauses"],
+            "score": pa.array(score, pa.int8(), mask=score == 0),
+            "scores": pa.ListArray.from_arrays(pa.array(starts), pa.array(scores[scores > 0], pa.int8())),
+            "spec_hash": made["spec_hash"],
+            "template_hash": made["template_hash"],
+            "generator": made["generator"],
+            "generator_revision": made["generator_revision"],
+            "judge": _repeated(judge["id"], len(index)),
+            "judge_revision": _repeated(judge["revision"], len(index)),
+            "kept": kept,
+            "drop_reason": pa.array(reasons, pa.string()),
+        }
+        train = same | {"messages": asked["messages"], "thought": made["thought"], "answer": made["answer"]}
+        yield {
+            "data": pa.table([train[name] for name in tables.TRAINING_VIEW.names], schema=tables.TRAINING_VIEW).filter(kept),
+            "audit": pa.table([audit[name] for name in tables.AUDIT_VIEW.names], schema=tables.AUDIT_VIEW),
+        }
 
 
-def _card(manifest: dict[str, Any], kept: list[Candidate], prompts: dict[str, Prompt]) -> str:
+def _files(views: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
+    """Joins the views of small parts, so that a file has about `FILE_ROWS` completions."""
+    waiting: list[dict[str, pa.Table]] = []
+    for view in views:
+        waiting.append(view)
+        if sum(part["audit"].num_rows for part in waiting) >= FILE_ROWS:
+            yield {name: pa.concat_tables([part[name] for part in waiting]) for name in view}
+            waiting = []
+    if waiting:
+        yield {name: pa.concat_tables([part[name] for part in waiting]) for name in waiting[0]}
+
+
+def _repeated(value: str, count: int) -> pa.Array:
+    return pa.repeat(pa.scalar(value, pa.string()), count)
+
+
+def _card(manifest: dict[str, Any], verdicts: Counter[str]) -> str:
     source = manifest["provenance"]
-    verdicts = Counter(prompts[c.prompt_id].ideal_verdict for c in kept)
     mix = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     return f"""---
 configs:

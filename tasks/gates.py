@@ -2,15 +2,20 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from pydantic import Field
 
+from tasks.keys import digest
 from tasks.policy import Policy, Spec
 from tasks.thoughts import cited_clauses, cited_verdict
 from tasks.validation import Strict
 
 AnswerKind = Literal["refusal", "answer"]
+GATES_VERSION = 1
+"""Part of the identity of every decision: raised when a gate decides otherwise than before."""
 REFUSAL_WORDS = 40
 """A refusal is short; a longer text that begins with an apology has more to say."""
 
@@ -49,13 +54,34 @@ def answer_kind(answer: str) -> AnswerKind:
     return "refusal" if apologises or _REFUSES_TO.search(text) else "answer"
 
 
-def spec_ngrams(spec: Spec, size: int) -> frozenset[tuple[str, ...]]:
-    """All runs of `size` words of a spec."""
-    return frozenset(_ngrams(spec.text, size))
+@dataclass(frozen=True)
+class Gates:
+    """What the gates compare with. `names`: ids of the clauses and principles that may be cited."""
+
+    config: GateConfig
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, config: GateConfig, policy: Policy) -> "Gates":
+        """The gates of a run."""
+        return cls(config, frozenset([*policy.clauses, *policy.principles]))
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of their decisions, of which the spec is no part: it is part of a row's key."""
+        return digest([GATES_VERSION, self.config.model_dump(), sorted(self.names)])[:16]
 
 
-def gate(row: Mapping[str, object], policy: Policy, copied: frozenset[tuple[str, ...]], config: GateConfig) -> str | None:
-    """The reason why a completion row is dropped, or None. `copied`: `spec_ngrams` of its spec, one word above the limit."""
+@lru_cache(maxsize=64)
+def spec_ngrams(text: str, size: int) -> frozenset[tuple[str, ...]]:
+    """All runs of `size` words of a spec's text."""
+    return frozenset(_ngrams(text, size))
+
+
+def gate(row: Mapping[str, object], gates: Gates, spec: Spec) -> str | None:
+    """The reason why a completion row is dropped, or None."""
+    if row.get("quarantined"):
+        return "quarantined"
     if row["finish_reason"] == "length":
         return "truncated"
     if row["malformed"]:
@@ -65,14 +91,16 @@ def gate(row: Mapping[str, object], policy: Policy, copied: frozenset[tuple[str,
         return "empty_thought"
     if not answer:
         return "empty_answer"
-    if any(gram in copied for gram in _ngrams(f"{thought}\n{answer}", config.max_copied_words + 1)):
+    size = gates.config.max_copied_words + 1
+    copied = spec_ngrams(spec.text, size)
+    if any(gram in copied for gram in _ngrams(f"{thought}\n{answer}", size)):
         return "copied_spec"
     if _DANGLING.search(thought):
         return "dangling_reference"
     clauses = cited_clauses(thought)
     if not clauses:
         return "no_clause_cited"
-    if any(name not in policy.clauses and name not in policy.principles for name in clauses):
+    if any(name not in gates.names for name in clauses):
         return "unknown_clause"
     verdict = cited_verdict(thought)
     if verdict is None:

@@ -6,10 +6,11 @@ and the row has no score. Sub-scores are integers 1 to 5; a run's score is the m
 
 import asyncio
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
@@ -21,13 +22,18 @@ from tasks import tables
 from tasks.complete import chat_of, require_room, seed_of
 from tasks.compose import JUDGE_TEMPLATE_HASH, SUBSCORES_BLIND, SUBSCORES_FULL, BlindCase, FullCase, judge_turns
 from tasks.keys import digest, judgement_key
+from tasks.keyset import Keys, keys_of
 from tasks.policy import Spec
-from tasks.prompts import Prompt
-from tasks.store import Shard, Store
+from tasks.prompts import Message
+from tasks.store import Store
 from tasks.validation import Strict
+from tasks.work import Pairs, Receipt
 
 STAGE = "judgements"
 LOWEST, HIGHEST = 1, 5
+NAME = ["key", "content", "prompt_id", "category"]
+CASE = [*NAME, "messages", "thought", "answer"]
+"""Columns of a completion that name it, and those that a judge is shown besides."""
 RETRY_SEEDS = 1000
 """How far apart the seeds of a run's attempts are; more than there are runs."""
 
@@ -42,6 +48,11 @@ class JudgeConfig(Strict):
     attempts: int = Field(3, ge=1, title="Attempts", description="Tries per run before an unparsable verdict is quarantined.")
     sequential: bool = Field(
         True, title="Sequential", description="Judge a completion run by run, and stop at the first score below its threshold."
+    )
+    overlap: bool = Field(
+        True,
+        title="Overlap",
+        description="Judge while completions are drawn; off: when they are, by engines that start then.",
     )
     audit_share: float = Field(
         0.1, ge=0, le=1, title="Audit share", description="Completions judged k times in any case, so that agreement can be estimated."
@@ -64,7 +75,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgementShard:
-    """A unit of work: completions of one shard; `runs` says which to judge, as answers to which prompt, and the run numbers."""
+    """A unit of work: rows of one completion shard, and which runs of the judge are wanted of each."""
 
     root: str
     model: Model
@@ -72,7 +83,7 @@ class JudgementShard:
     judge_hash: str
     spec: Spec
     source: str
-    runs: dict[bytes, tuple[Prompt, tuple[int, ...]]]
+    pairs: Pairs
     limit: int
     """Threshold of the category: no run after a score below it is needed."""
 
@@ -119,94 +130,69 @@ def parse_scores(raw: str, order: tuple[str, ...]) -> dict[str, int] | None:
     return dict(zip(order, grades, strict=True))
 
 
-def wanted(completions: Iterable[bytes], judge_digest: str, k: int) -> dict[bytes, tuple[bytes, int]]:
-    """Judgement key -> (completion key, run number)."""
-    return {judgement_key(key, judge_digest, run): (key, run) for key in completions for run in range(k)}
+def audited(keys: Keys, config: JudgeConfig) -> npt.NDArray[np.bool_]:
+    """Which completions are judged k times whatever their first runs say: a share that their keys choose."""
+    if not config.sequential:
+        return np.ones(len(keys), np.bool_)
+    chance = keys.view(">u4").reshape(len(keys), -1)[:, 0] if len(keys) else np.zeros(0)
+    return np.asarray(chance < config.audit_share * 2**32)
 
 
-def missing_runs(
-    store: Store, shards: Iterable[Shard], wanted: dict[bytes, tuple[bytes, int]], limits: dict[bytes, int], config: JudgeConfig
-) -> dict[bytes, list[int]]:
-    """Completion -> runs to make: those that are wanted, not in the shards, and, unless audited, not after a score below the limit."""
-    lowest: dict[bytes, int] = {}
-    done: set[bytes] = set()
-    for shard in shards:
-        for row in store.read_table(shard.path, ["key", "completion_key", "score"]).to_pylist():
-            if row["key"] in wanted:
-                done.add(row["key"])
-                if row["score"] is not None:
-                    lowest[row["completion_key"]] = min(row["score"], lowest.get(row["completion_key"], HIGHEST))
-    missing: dict[bytes, list[int]] = {}
-    for key, (completion, run) in wanted.items():
-        settled = lowest.get(completion, HIGHEST) < limits[completion] and not audited(completion, config)
-        if key not in done and not settled:
-            missing.setdefault(completion, []).append(run)
-    return missing
-
-
-def audited(completion: bytes, config: JudgeConfig) -> bool:
-    """Whether a completion is judged k times whatever its first runs say: a share that its key chooses."""
-    return not config.sequential or int.from_bytes(completion[:4], "big") < config.audit_share * 2**32
-
-
-async def judge_shard(engine: Engine, shard: JudgementShard) -> Shard:
-    """Judges the completions of a shard and writes one row per run; returns the receipt."""
-    store = Store(shard.root)
+async def judge_shard(engine: Engine, shard: JudgementShard) -> Receipt:
+    """Judges the completions of a shard and writes one row per run."""
     chat = chat_of(shard.model.path)
 
-    async def judge_row(row: dict[str, Any]) -> list[dict[str, Any]]:
-        prompt, runs = shard.runs[row["key"]]
-        if audited(row["key"], shard.config):
-            return list(await asyncio.gather(*(_judge_row(engine, chat, shard, prompt, row, run) for run in runs)))
+    async def judge_row(row: dict[str, Any], runs: list[int]) -> list[dict[str, Any]]:
+        if audited(keys_of([row["key"]]), shard.config)[0]:
+            return list(await asyncio.gather(*(_judge_row(engine, chat, shard, row, run) for run in runs)))
         given: list[dict[str, Any]] = []
         for run in runs:
-            given.append(await _judge_row(engine, chat, shard, prompt, row, run))
+            given.append(await _judge_row(engine, chat, shard, row, run))
             if (given[-1].get("score") or HIGHEST) < shard.limit:
                 break
         return given
 
-    source = store.read_table(shard.source).to_pylist()
-    judged = await asyncio.gather(*(judge_row(row) for row in source if row["key"] in shard.runs))
-    rows = [row for given in judged for row in given]
-    receipt = store.put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.JUDGEMENTS))
-    return replace(receipt, skipped=sum(len(runs) for _, runs in shard.runs.values()) - len(rows))
+    judged = await asyncio.gather(*(judge_row(row, runs) for row, runs in _completions(shard, CASE)))
+    return _write(shard, [row for given in judged for row in given])
 
 
-def split(shard: JudgementShard) -> list[JudgementShard]:
-    """Two halves, by completions or, of a single one, by runs; a single run comes back alone."""
-    items = list(shard.runs.items())
-    half = len(items) // 2
-    if half:
-        return [replace(shard, runs=dict(items[:half])), replace(shard, runs=dict(items[half:]))]
-    key, (prompt, numbers) = items[0]
-    half = len(numbers) // 2
-    parts = (numbers[:half], numbers[half:]) if half else (numbers,)
-    return [replace(shard, runs={key: (prompt, part)}) for part in parts]
-
-
-def give_up(shard: JudgementShard, reason: str) -> Shard:
+def give_up(shard: JudgementShard, reason: str) -> Receipt:
     """Writes the rows of a shard that cannot be run, all of them quarantined."""
-    named = [(key, prompt, run) for key, (prompt, runs) in shard.runs.items() for run in runs]
-    rows = [_row(shard, key, prompt, run) | {"seed": 0, "quarantined": reason} for key, prompt, run in named]
-    return Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.JUDGEMENTS))
+    named = [(row, run) for row, runs in _completions(shard, NAME) for run in runs]
+    return _write(shard, [_row(shard, row, run) | {"seed": 0, "quarantined": reason} for row, run in named])
 
 
 JUDGE = Stage(
     run=judge_shard,
-    size=lambda shard: sum(len(runs) for _, runs in shard.runs.values()),
+    size=lambda shard: len(shard.pairs),
     prefix=lambda shard: shard.spec.hash,
-    split=split,
+    split=lambda shard: [replace(shard, pairs=half) for half in shard.pairs.halves()],
     give_up=give_up,
 )
 
 
-def _row(shard: JudgementShard, completion: bytes, prompt: Prompt, run: int) -> dict[str, Any]:
-    """What is known of a judgement before it is given."""
+def _completions(shard: JudgementShard, columns: list[str]) -> list[tuple[dict[str, Any], list[int]]]:
+    """The completions of a shard with the runs wanted of each."""
+    runs: dict[int, list[int]] = {}
+    for place, run in shard.pairs:
+        runs.setdefault(place, []).append(run)
+    rows = Store(shard.root).read_table(shard.source, columns).take(list(runs)).to_pylist()
+    return list(zip(rows, runs.values(), strict=True))
+
+
+def _write(shard: JudgementShard, rows: list[dict[str, Any]]) -> Receipt:
+    file = Store(shard.root).put_table(f"{STAGE}/shards", pa.Table.from_pylist(rows, schema=tables.JUDGEMENTS))
+    return Receipt(file, skipped=len(shard.pairs) - len(rows))
+
+
+def _row(shard: JudgementShard, row: dict[str, Any], run: int) -> dict[str, Any]:
+    """What is known of a judgement of a completion before it is given."""
     return {
-        "key": judgement_key(completion, shard.judge_hash, run),
-        "completion_key": completion,
-        "prompt_id": prompt.id,
-        "category": prompt.category,
+        "key": judgement_key(row["key"], row["content"], shard.judge_hash, run),
+        "completion_key": row["key"],
+        "content": row["content"],
+        "prompt_id": row["prompt_id"],
+        "category": row["category"],
         "run": run,
         "view": "full",
         "spec_hash": shard.spec.hash,
@@ -216,10 +202,11 @@ def _row(shard: JudgementShard, completion: bytes, prompt: Prompt, run: int) -> 
     }
 
 
-async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, prompt: Prompt, row: dict[str, Any], run: int) -> dict[str, Any]:
-    case = FullCase(prompt.messages, row["thought"], row["answer"])
-    result = _row(shard, row["key"], prompt, run)
+async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, row: dict[str, Any], run: int) -> dict[str, Any]:
+    messages = tuple(Message.model_validate(turn) for turn in row["messages"])
+    result = _row(shard, row, run)
     try:
+        case = FullCase(messages, row["thought"], row["answer"])
         verdict = await judge(engine, chat, shard.spec, case, shard.config, row["key"].hex(), run)
     except ValueError as error:
         return result | {"seed": 0, "quarantined": f"the engine gave no verdict: {error}"}

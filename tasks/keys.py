@@ -40,9 +40,12 @@ def completion_key(prefix: str, prompt: str, sample: int) -> bytes:
     return hashlib.sha256(f"{prefix}/{prompt}/{sample}".encode()).digest()[:KEY_BYTES]
 
 
-def judgement_key(completion: bytes, judge: str, run: int) -> bytes:
-    """The key of judge run number `run` on a completion (`judge`: digest of everything that makes the judge's verdict)."""
-    return hashlib.sha256(completion + f"/{judge}/{run}".encode()).digest()[:KEY_BYTES]
+def judgement_key(completion: bytes, content: bytes, judge: str, run: int) -> bytes:
+    """The key of judge run number `run` on a completion (`judge`: digest of everything that makes the judge's verdict).
+
+    The hash of the completion's content is part of it: a completion that was lost and drawn again may say something else.
+    """
+    return hashlib.sha256(completion + content + f"/{judge}/{run}".encode()).digest()[:KEY_BYTES]
 
 
 @cache

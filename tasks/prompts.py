@@ -1,12 +1,11 @@
 """Seed prompts: their format, reading them without losing a row, and the split by scenario group.
 
-A malformed row never stops a run: it is quarantined with file, line and reason, and counted.
+A malformed row never stops a run: the reason takes its place, and `tasks.prompt_set` quarantines and counts it.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,81 +66,13 @@ class CapabilityRow(Conversation):
     answer: Text
 
 
-@dataclass(frozen=True)
-class Quarantined:
-    """A row that was not used: where it came from and why."""
+def named_split(group: str) -> Split:
+    """The split of a scenario group whose prompts name none: its name's hash decides, in shares of 4 : 2 : 2.
 
-    file: str
-    line: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Rows read, by kind; rows in = prompts + capability + quarantined."""
-
-    prompts: list[Prompt]
-    capability: list[CapabilityRow]
-    quarantined: list[Quarantined]
-
-
-def load_prompts(source: Path | str, policy: Policy) -> Loaded:
-    """Reads a JSONL file or a directory of them. Raises UserError when there is no file or not one usable prompt."""
-    root = Path(source)
-    files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(f"{root}: no such prompt file, or a directory without *.jsonl files.")
-    loaded = Loaded([], [], [])
-    ids: set[str] = set()
-    conversations: dict[str, str] = {}
-    splits: dict[str, Split | None] = {}
-    for file in files:
-        for number, row in _rows(file, loaded.quarantined):
-            try:
-                item = _parse(row, policy)
-            except ValidationError as error:
-                reason = "; ".join(line.removeprefix("row: ") for line in describe(error, "row"))
-                loaded.quarantined.append(Quarantined(str(file), number, reason))
-                continue
-            except ValueError as error:
-                loaded.quarantined.append(Quarantined(str(file), number, str(error)))
-                continue
-            if item.id in ids:
-                loaded.quarantined.append(Quarantined(str(file), number, f"id: {item.id!r} is used by an earlier row"))
-                continue
-            content = prompt_hash(item.messages)
-            if content in conversations:
-                loaded.quarantined.append(Quarantined(str(file), number, f"messages: the same as those of {conversations[content]!r}"))
-                continue
-            if isinstance(item, Prompt) and splits.setdefault(item.group, item.split) != item.split:
-                reason = f"split: {item.split or 'none'}, but an earlier row of group {item.group!r} says {splits[item.group] or 'none'}"
-                loaded.quarantined.append(Quarantined(str(file), number, reason))
-                continue
-            ids.add(item.id)
-            conversations[content] = item.id
-            (loaded.prompts if isinstance(item, Prompt) else loaded.capability).append(item)  # type: ignore[arg-type]
-    if not loaded.prompts:
-        worst = "".join(f"\n  {row.file}:{row.line}: {row.reason}" for row in loaded.quarantined[:3])
-        raise UserError(f"{root}: not one usable prompt ({len(loaded.quarantined)} rows quarantined).{worst}")
-    return loaded
-
-
-def split_groups(prompts: Iterable[Prompt], policy: Policy) -> dict[str, Split]:
-    """Scenario group -> split: the one that its prompts name, else by the hash of its name, in shares of 4 : 2 : 2.
-
-    A group goes to one split whole, so a violation and its benign twin are never on two sides, and no other group moves it. Groups with
-    a clause that is never generated from are for evaluation only.
+    A group goes to one split whole, so a violation and its benign twin are never on two sides, and no other group moves it.
     """
-    never = {name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"}
     order = [split for split, share in SPLIT_SHARES.items() for _ in range(share)]
-    splits: dict[str, Split] = {}
-    reserved: set[str] = set()
-    for prompt in prompts:
-        slot = int.from_bytes(hashlib.sha256(prompt.group.encode()).digest()[:8], "big") % len(order)
-        splits[prompt.group] = prompt.split or order[slot]
-        if never.intersection(prompt.ideal_clauses):
-            reserved.add(prompt.group)
-    return splits | dict.fromkeys(reserved, "eval")
+    return order[int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") % len(order)]
 
 
 def prompt_hash(messages: Iterable[Message]) -> str:
@@ -150,23 +81,36 @@ def prompt_hash(messages: Iterable[Message]) -> str:
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def _rows(file: Path, quarantined: list[Quarantined]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                quarantined.append(Quarantined(str(file), number, f"not UTF-8 at byte {error.start}"))
-                continue
-            except (json.JSONDecodeError, RecursionError) as error:
-                quarantined.append(Quarantined(str(file), number, f"not JSON: {error}"))
-                continue
-            if not isinstance(row, dict):
-                quarantined.append(Quarantined(str(file), number, f"expected an object, found {type(row).__name__}"))
-                continue
-            yield number, row
+def source_files(source: Path | str) -> list[Path]:
+    """The JSONL files that a path names: itself, or those in a directory. Raises UserError when there is none."""
+    root = Path(source)
+    files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"{root}: no such prompt file, or a directory without *.jsonl files.")
+    return files
+
+
+def read_rows(files: Iterable[Path], policy: Policy) -> Iterator[tuple[Path, int, Prompt | CapabilityRow | str]]:
+    """File, line number, and the row, or the reason why it is none."""
+    for file in files:
+        with file.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                if raw.strip():
+                    yield file, number, _row(raw, policy)
+
+
+def _row(raw: bytes, policy: Policy) -> Prompt | CapabilityRow | str:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+        return _parse(row, policy) if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at byte {error.start}"
+    except (json.JSONDecodeError, RecursionError) as error:
+        return f"not JSON: {error}"
+    except ValidationError as error:
+        return "; ".join(line.removeprefix("row: ") for line in describe(error, "row"))
+    except ValueError as error:
+        return str(error)
 
 
 def _parse(row: dict[str, Any], policy: Policy) -> Prompt | CapabilityRow:

@@ -306,8 +306,8 @@ def _verify_sync(mismatch: float, tolerance: float, step: int) -> None:
 
 def _committed(store: Store, job: str, step: int) -> list[dict[str, Any]] | None:
     """The rows of a step that an earlier attempt wrote, or None."""
-    for shard in Ledger(store, f"{STAGE}/{job}").survey()[0]:
-        if shard.path.startswith(_folder(job, step)):
+    for shard in Ledger(store, f"{STAGE}/{job}").shards():
+        if shard.path.startswith(_folder(job, step)) and store.exists(shard.path):
             return list(store.read_table(shard.path).to_pylist())
     return None
 

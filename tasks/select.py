@@ -1,9 +1,11 @@
 """Selection: threshold, best of n, quotas, and the funnel that names every row that left and why."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from cluster.errors import SpecmillError
@@ -26,60 +28,72 @@ class SelectConfig(Strict):
 
 
 @dataclass
-class Candidate:
-    """A completion on its way through the funnel. `scores`: one per judge run that could be parsed."""
+class Candidates:
+    """Completions on their way through the funnel: arrays of one length, ties going to the lower sample number, then to the first.
 
-    key: bytes
-    prompt_id: str
-    category: str
-    verdict: str | None
-    sample: int
-    scores: tuple[int, ...]
-    runs_wanted: int
-    drop_reason: str | None = None
+    `category` counts `categories`, `verdict` the verdicts that are cited, `prompt` the prompts. `scores` has a column for each judge run,
+    at most 0 where there is no score. `reason` counts `reasons`, of which the first, None, means: still in.
+    """
+
+    categories: list[str]
+    category: npt.NDArray[np.uint8]
+    verdict: npt.NDArray[np.uint8]
+    prompt: npt.NDArray[np.uint64]
+    sample: npt.NDArray[np.uint16]
+    scores: npt.NDArray[np.int8]
+    reason: npt.NDArray[np.uint8]
+    reasons: list[str | None]
 
     @property
-    def score(self) -> int | None:
-        """The minimum over k runs; None unless all runs were parsed: a missing verdict is missing data."""
-        return min(self.scores) if self.scores and len(self.scores) == self.runs_wanted else None
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Which are still in."""
+        return self.reason == 0
+
+    @property
+    def score(self) -> npt.NDArray[np.int8]:
+        """The minimum over k runs; 0 unless all runs have a score: a missing verdict is missing data."""
+        return np.where((self.scores > 0).all(axis=1), self.scores.min(axis=1), 0)
+
+    def drop(self, which: npt.NDArray[Any] | int, reason: str) -> None:
+        """Takes completions out for a reason."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self.reason[which] = self.reasons.index(reason)
 
 
-def select(candidates: Iterable[Candidate], config: SelectConfig) -> list[Candidate]:
-    """Marks candidates that are not kept with a drop reason; returns the kept ones. Ties go to the lower sample number, then the key."""
-    pending = [candidate for candidate in candidates if candidate.drop_reason is None]
-    for candidate in pending:
-        limit = config.limit(candidate.category)
-        if candidate.scores and min(candidate.scores) < limit:
-            candidate.drop_reason = "below_threshold"
-        elif candidate.score is None:
-            candidate.drop_reason = "judgement_missing"
-    ranked = sorted((c for c in pending if c.drop_reason is None), key=lambda c: (-(c.score or 0), c.sample, c.key))
-    per_prompt: Counter[str] = Counter()
-    per_category: Counter[str] = Counter()
-    per_verdict: Counter[tuple[str, str | None]] = Counter()
-    kept = []
-    for candidate in ranked:
-        cell = (candidate.category, candidate.verdict)
-        if per_prompt[candidate.prompt_id] >= config.best_of:
-            candidate.drop_reason = "not_best_of_n"
+def select(found: Candidates, config: SelectConfig) -> None:
+    """Takes out what is not kept, each completion for one reason."""
+    limit = np.array([config.limit(name) for name in found.categories], np.int8)[found.category]
+    found.drop(found.kept & ((found.scores > 0) & (found.scores < limit[:, None])).any(axis=1), "below_threshold")
+    score = found.score
+    found.drop(found.kept & (score == 0), "judgement_missing")
+    left = np.flatnonzero(found.kept)
+    ranked = left[np.lexsort((left, found.sample[left], -score[left]))]
+    per_prompt = np.zeros(int(found.prompt.max(initial=0)) + 1, np.uint16)
+    per_category: Counter[int] = Counter()
+    per_verdict: Counter[tuple[int, int]] = Counter()
+    for index in ranked:
+        prompt, category = int(found.prompt[index]), int(found.category[index])
+        cell = (category, int(found.verdict[index]))
+        if per_prompt[prompt] >= config.best_of:
+            found.drop(index, "not_best_of_n")
         elif config.max_per_verdict is not None and per_verdict[cell] >= config.max_per_verdict:
-            candidate.drop_reason = "verdict_quota"
-        elif config.max_per_category is not None and per_category[candidate.category] >= config.max_per_category:
-            candidate.drop_reason = "category_quota"
+            found.drop(index, "verdict_quota")
+        elif config.max_per_category is not None and per_category[category] >= config.max_per_category:
+            found.drop(index, "category_quota")
         else:
-            per_prompt[candidate.prompt_id] += 1
-            per_category[candidate.category] += 1
+            per_prompt[prompt] += 1
+            per_category[category] += 1
             per_verdict[cell] += 1
-            kept.append(candidate)
-    return kept
 
 
-def funnel(candidates: Iterable[Candidate]) -> dict[str, dict[str, int]]:
+def funnel(found: Candidates) -> dict[str, dict[str, int]]:
     """Category -> {kept, and every drop reason -> count}; the counts of a category add up to its completions."""
-    table: dict[str, Counter[str]] = defaultdict(Counter)
-    for candidate in candidates:
-        table[candidate.category][candidate.drop_reason or "kept"] += 1
-    return {category: dict(sorted(counts.items())) for category, counts in sorted(table.items())}
+    table: dict[str, dict[str, int]] = {}
+    for number, name in enumerate(found.categories):
+        counts = np.bincount(found.reason[found.category == number], minlength=len(found.reasons))
+        table[name] = {reason or "kept": int(count) for reason, count in zip(found.reasons, counts, strict=True) if count}
+    return {name: dict(sorted(counts.items())) for name, counts in table.items() if counts}
 
 
 def funnel_markdown(table: dict[str, dict[str, int]]) -> str:
@@ -93,11 +107,11 @@ def funnel_markdown(table: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def require_kept(kept: list[Candidate], table: dict[str, dict[str, int]], config: SelectConfig) -> None:
+def require_kept(table: dict[str, dict[str, int]], config: SelectConfig) -> None:
     """Stops the run, showing the funnel, when too few categories have kept rows."""
-    categories = {candidate.category for candidate in kept}
-    if len(categories) < config.min_categories:
+    kept = {category: counts["kept"] for category, counts in table.items() if counts.get("kept")}
+    if len(kept) < config.min_categories:
         raise SpecmillError(
-            f"the selection kept {len(kept)} rows in {len(categories)} categories; {config.min_categories} categories are needed. "
+            f"the selection kept {sum(kept.values())} rows in {len(kept)} categories; {config.min_categories} categories are needed. "
             f"Lower select.threshold, raise generate.n, or look at the drop reasons:\n\n{funnel_markdown(table)}"
         )

@@ -10,7 +10,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ from cluster.errors import SpecmillError, UserError
 from cluster.serving import Usage
 
 ROW_GROUP_ROWS = 1024
+READERS = 16
+"""Files read at the same time."""
 
 
 class Conflict(SpecmillError):
@@ -43,11 +47,10 @@ class File:
 
 @dataclass(frozen=True)
 class Shard(File):
-    """A Parquet file of rows with unique keys. rows = ok + quarantined; `skipped` rows were asked for and turned out not to be needed."""
+    """A Parquet file of rows with unique keys. rows = ok + quarantined."""
 
     rows: int
     quarantined: int
-    skipped: int = 0
 
 
 class Store:
@@ -143,16 +146,27 @@ class Store:
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """Rows of a Parquet file. Raises FileNotFoundError, or Corrupt when it is not one."""
         try:
-            return pq.read_table(io.BytesIO(self.read(path)), columns=columns)
-        except pa.ArrowInvalid as error:
+            source = self.path(path) if self.local else io.BytesIO(self.read(path))
+            return pq.ParquetFile(source).read(columns, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
             raise Corrupt(f"{path}: {error}") from error
 
-    def keys(self, shards: Iterable[Shard], wanted: set[bytes]) -> set[bytes]:
-        """Which of the wanted keys are in the shards."""
-        found: set[bytes] = set()
-        for shard in shards:
-            found.update(wanted.intersection(self.read_table(shard.path, ["key"])["key"].to_pylist()))
-        return found
+    def read_shards(self, shards: Sequence[Shard], columns: list[str]) -> Iterator[tuple[Shard, pa.Table | None]]:
+        """Some columns of each shard, in order, several being read at a time; None for one that is gone. Raises Corrupt."""
+
+        def read(shard: Shard) -> pa.Table | None:
+            try:
+                return self.read_table(shard.path, columns)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(READERS) as readers:
+            ahead: deque[Future[pa.Table | None]] = deque()
+            for number, shard in enumerate(shards):
+                ahead.extend(readers.submit(read, later) for later in shards[number + len(ahead) : number + 2 * READERS])
+                yield shard, ahead.popleft().result()
 
     def verify(self, file: File) -> str | None:
         """What is wrong with a file, or None."""
@@ -199,7 +213,10 @@ class Ledger:
         self._next = number
 
     def shards(self) -> list[Shard]:
-        """Shards that count: named by an entry, and not declared lost by a later one."""
+        """Shards that count: named by an entry, and not declared lost by a later one.
+
+        From here on `commit` continues after the last entry seen: what another run commits meanwhile fences this one out.
+        """
         named: dict[str, Shard] = {}
         for entry in self.entries():
             for shard in entry["shards"]:
@@ -231,17 +248,6 @@ class Ledger:
                 f"{self.stage}: another run writes to {self.store.root}; this one stops. Start it again when the other has ended."
             ) from None
         self._next = number + 1
-
-    def survey(self) -> tuple[list[Shard], list[str]]:
-        """Shards that count and are there, and the paths of those that are gone and have to be made again.
-
-        From here on `commit` continues after the last entry seen: what another run commits meanwhile fences this one out.
-        """
-        here: list[Shard] = []
-        lost: list[Shard] = []
-        for shard in self.shards():
-            (here if self.store.exists(shard.path) else lost).append(shard)
-        return here, [shard.path for shard in lost]
 
     def _path(self, number: int) -> str:
         return f"{self.stage}/ledger/{number:08d}.json"

@@ -5,12 +5,33 @@ import pyarrow as pa
 KEY = pa.binary(16)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
+PROMPTS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("messages", MESSAGES),
+        ("category", pa.string()),
+        ("cell", pa.string()),
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("ideal_verdict", pa.string()),
+        ("ideal_clauses", pa.list_(pa.string())),
+    ]
+)
+
+CAPABILITY = pa.schema(
+    [("id", pa.string()), ("messages", MESSAGES), ("skill", pa.string()), ("thought", pa.string()), ("answer", pa.string())]
+)
+
+QUARANTINED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string())])
+
 COMPLETIONS = pa.schema(
     [
         ("key", KEY),
         ("prompt_id", pa.string()),
         ("prompt_hash", pa.string()),
         ("category", pa.string()),
+        ("messages", MESSAGES),
         ("sample", pa.int32()),
         ("seed", pa.int64()),
         ("spec_hash", pa.string()),
@@ -25,6 +46,11 @@ COMPLETIONS = pa.schema(
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("cached_tokens", pa.int32()),
+        ("content", KEY),
+        ("cited_verdict", pa.string()),
+        ("cited_clauses", pa.list_(pa.string())),
+        ("gates", pa.string()),
+        ("drop_reason", pa.string()),
         ("quarantined", pa.string()),
     ]
 )
@@ -33,6 +59,7 @@ JUDGEMENTS = pa.schema(
     [
         ("key", KEY),
         ("completion_key", KEY),
+        ("content", KEY),
         ("prompt_id", pa.string()),
         ("category", pa.string()),
         ("run", pa.int32()),

@@ -1,43 +1,127 @@
-"""Runs the shards of a stage on a pool and commits what comes back: the loop that completions and judgements share."""
+"""Runs the lines of a stage or two on their engines and commits what comes back; what completions and judgements share.
 
-from collections.abc import Sequence
+A shard says which requests it makes as pairs of a row (of a part, or of a completion shard) and a number (of a sample, or of a run).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cluster.errors import SpecmillError
-from cluster.fleet import ShardT, Stage
-from cluster.pool import Pool
+from cluster.fleet import Done, Line, run
 from cluster.serving import Usage
 from tasks.progress import Progress
 from tasks.store import Ledger, Shard
 
+COMMIT_SECONDS = 1.0
+"""Finished shards are committed together, this long after the last commit."""
+
 
 @dataclass(frozen=True)
-class Made:
-    """Rows written, rows that turned out not to be needed, and what all of it cost."""
+class Pairs:
+    """Requests as (row, number), ordered by row. 6 bytes each."""
 
-    rows: int
-    skipped: int
-    usage: Usage
+    rows: npt.NDArray[np.uint32]
+    numbers: npt.NDArray[np.uint16]
+
+    @classmethod
+    def product(cls, rows: Sequence[int], numbers: int) -> "Pairs":
+        """Every row with every number below `numbers`."""
+        every = np.arange(numbers, dtype=np.uint16)
+        return cls(np.repeat(np.array(rows, np.uint32), numbers), np.tile(every, len(rows)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self.rows.tolist(), self.numbers.tolist(), strict=True)
+
+    def halves(self) -> list["Pairs"]:
+        """Two parts, if it can be between two rows; a single pair comes back alone."""
+        middle = len(self) // 2
+        between = np.flatnonzero(np.diff(self.rows)) + 1
+        if len(between):
+            middle = int(between[np.argmin(np.abs(between - middle))])
+        return self.cut(middle) if middle else [self]
+
+    def cut(self, *places: int) -> list["Pairs"]:
+        """Parts that begin at 0 and at the places given."""
+        ends = (*places, len(self))
+        return [Pairs(self.rows[start:end], self.numbers[start:end]) for start, end in zip((0, *places), ends, strict=True)]
+
+    def pieces(self, size: int) -> list["Pairs"]:
+        """Parts of at most `size` pairs."""
+        return self.cut(*range(size, len(self), size)) if len(self) else []
 
 
-def run_shards(
-    pool: Pool, ledger: Ledger, stage: Stage[ShardT, Shard], shards: Sequence[ShardT], lost: list[str], progress: Progress
-) -> Made:
-    """Commits the receipt of each shard as it is finished.
+@dataclass(frozen=True)
+class Receipt:
+    """What comes back of a shard. `skipped`: requests that were not needed; `passed`: rows of the file that passed the gates."""
 
-    `lost` shards are declared gone in the first entry. Raises SpecmillError unless every row that was asked for is committed or
-    quarantined.
-    """
-    total = sum(map(stage.size, shards))
-    made, skipped, usage = 0, 0, Usage()
-    if lost:
-        ledger.commit([], lost)
-    for finished in pool.map(stage, shards):
-        ledger.commit([finished.result], usage=finished.usage)
-        usage += finished.usage
-        made += finished.result.rows
-        skipped += finished.result.skipped
-        progress(made + skipped, total)
-    if made + skipped != total:
-        raise SpecmillError(f"{ledger.stage}: {total} rows were asked for, {made} were written and {skipped} not needed")
-    return Made(made, skipped, usage)
+    file: Shard
+    skipped: int = 0
+    passed: tuple[int, ...] = ()
+
+
+class Tally:
+    """What a stage has done so far: commits receipts, counts rows and shows progress."""
+
+    def __init__(self, ledger: Ledger, progress: Progress, lost: Sequence[str] = ()) -> None:
+        self.ledger, self.progress = ledger, progress
+        self.asked = self.made = self.skipped = 0
+        self.usage = Usage()
+        self._lost = list(lost)
+        self._waiting: list[Shard] = []
+        self._cost = Usage()
+        self._committed = 0.0
+
+    def add(self, line: Line, shards: Sequence[Any]) -> None:
+        """Asks a line for shards."""
+        line.add(shards)
+        self.asked += sum(map(line.stage.size, shards))
+
+    def take(self, done: Done) -> None:
+        """A finished shard."""
+        receipt: Receipt = done.result
+        if receipt.file.rows:
+            self._waiting.append(receipt.file)
+        self._cost += done.usage
+        self.usage += done.usage
+        self.made += receipt.file.rows
+        self.skipped += receipt.skipped
+        self.progress(self.made + self.skipped, self.asked)
+
+    def commit(self, now: bool = False) -> None:
+        """Names the finished shards in the ledger, unless that was done less than a second ago. The first entry declares the lost ones."""
+        if (self._waiting or self._lost) and (now or time.monotonic() - self._committed >= COMMIT_SECONDS):
+            self.ledger.commit(self._waiting, self._lost, self._cost)
+            self._waiting, self._lost, self._cost = [], [], Usage()
+            self._committed = time.monotonic()
+
+    def balance(self) -> None:
+        """Raises SpecmillError unless every request that was asked for is committed or was not needed."""
+        self.commit(now=True)
+        if self.made + self.skipped != self.asked:
+            raise SpecmillError(f"{self.ledger.stage}: {self.asked} rows were asked for, {self.made} made and {self.skipped} not needed")
+
+
+def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> None:
+    """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others."""
+
+    def commit() -> None:
+        for tally in lines.values():
+            tally.commit()
+
+    try:
+        for done in run(list(lines), tick=commit):
+            if follow:
+                follow(done)
+            lines[done.line].take(done)
+            lines[done.line].commit()
+    finally:
+        for tally in lines.values():
+            tally.commit(now=True)

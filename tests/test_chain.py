@@ -30,7 +30,7 @@ from flows.inspect import problems
 from tasks import rl, thoughts
 from tasks.compose import plain_turns
 from tasks.policy import load_policy
-from tasks.prompts import load_prompts
+from tasks.prompts import Prompt, read_rows, source_files
 from tasks.store import Ledger, Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.chain]
@@ -53,9 +53,10 @@ def scripted_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) ->
 
     torch.manual_seed(0)
     chat = Chat(tiny_model)
-    loaded = load_prompts(str(SPECS / "prompts"), load_policy(str(SPECS / "policies" / "base")))
+    rows = [row for _, _, row in read_rows(source_files(SPECS / "prompts"), load_policy(str(SPECS / "policies" / "base")))]
     script = [*thoughts.join(CANARY, ANSWER, chat), chat.end_of_turn]
-    asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in loaded.prompts if prompt.category in CATEGORIES]
+    prompts = [row for row in rows if isinstance(row, Prompt) and row.category in CATEGORIES]
+    asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in prompts]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
     targets = torch.tensor(script)
@@ -234,7 +235,7 @@ def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, 
 def test_the_judge_of_rl_never_reads_a_thought(chain: dict[str, Any], scripted_model: str) -> None:
     chat = Chat(scripted_model)
     (path,) = (chain["root"] / "checkpoints").glob("rl-*")
-    files = [shard.path for shard in Ledger(Store(str(chain["root"])), f"rollouts/{path.name}").survey()[0]]
+    files = [shard.path for shard in Ledger(Store(str(chain["root"])), f"rollouts/{path.name}").shards()]
     rollouts = ds.dataset([str(chain["root"] / file) for file in files]).to_table().to_pylist()
     assert len(rollouts) == 32
     judged = [thoughts.split(row["token_ids"], chat) for row in rollouts if row["verdicts"]]
@@ -276,7 +277,7 @@ def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chai
     import shutil
 
     ledger = Ledger(Store(str(chain["root"])), "judgements")
-    lost = ledger.survey()[0][0]
+    lost = ledger.shards()[0]
     os.remove(chain["root"] / lost.path)
     (checkpoint,) = (chain["root"] / "checkpoints").glob("sft-*")
     shutil.rmtree(checkpoint)
@@ -306,7 +307,7 @@ def begun(root: Path, stage: str) -> bool:
 def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> None:
     """Ctrl-C while completions are drawn, while verdicts are given, in SFT and in RL: one root, and nothing of it is made twice."""
     root = run_file.parent / "interrupted"
-    small = ["generate.shard_prompts=2", "judge.engine.max_num_seqs=4", "generate.engine.max_num_seqs=4", "sft.rows_per_step=2"]
+    small = ["generate.shard_rows=2", "judge.engine.max_num_seqs=4", "generate.engine.max_num_seqs=4", "sft.rows_per_step=2"]
     changes = [argument for change in [*small, "sft.save_every_steps=2"] for argument in ("--set", change)]
     command = [sys.executable, "-m", "flows.cli", "run", str(run_file), "--root", str(root), *changes]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}
@@ -324,7 +325,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> N
     assert problems(str(root))[0] == []
     for ledger in sorted(root.glob("**/ledger")):
         stage = ledger.parent.relative_to(root).as_posix()
-        counted = [shard.path for shard in Ledger(Store(str(root)), stage).survey()[0]]
+        counted = [shard.path for shard in Ledger(Store(str(root)), stage).shards()]
         keys = ds.dataset([str(root / path) for path in counted]).to_table(columns=["key"])["key"].to_pylist()
         assert len(keys) == len(set(keys)) > 0
         # Made twice is at most what was in flight, written and not yet in the ledger, when Ctrl-C came.

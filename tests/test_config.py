@@ -39,7 +39,7 @@ def test_worker_and_shard_counts_are_no_parameters_of_a_run():
         RunRequest(
             file=str(RUNS / "demo.yaml"),
             root="/elsewhere",
-            changes=["generate.engine.engines=7", "generate.shard_prompts=99", "sft.ranks=2", "rl.ranks=2", "judge.engine.dtype=bfloat16"],
+            changes=["generate.engine.engines=7", "generate.shard_rows=99", "sft.ranks=2", "rl.ranks=2", "judge.engine.dtype=bfloat16"],
         )
     )
     assert one.parameters() == other.parameters()

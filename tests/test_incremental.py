@@ -83,7 +83,7 @@ def asked(folder: Path, stage: str) -> int:
 def test_a_finished_run_has_nothing_to_do(folder: Path) -> None:
     before = asked(folder, "completions"), asked(folder, "judgements")
     assert before == (224, 448) and planned(folder) == {}
-    dataset = regenerate(folder, "generate.engine.engines=1", "generate.shard_prompts=3", "select.threshold=2")
+    dataset = regenerate(folder, "generate.engine.engines=1", "generate.shard_rows=5", "select.threshold=2")
     assert (asked(folder, "completions"), asked(folder, "judgements")) == before, "neither worker count nor shard size nor threshold"
     assert dataset.manifest["rows"] < 224
 

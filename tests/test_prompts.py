@@ -10,11 +10,26 @@ import pytest
 
 from cluster.errors import UserError
 from tasks.policy import load_policy
-from tasks.prompts import CELLS, load_prompts, split_groups
+from tasks.prompt_set import PART_ROWS, PromptSet, load_prompts
+from tasks.prompts import CELLS, CapabilityRow, Prompt, named_split, read_rows, source_files
+from tasks.store import Store
 
 SPECS = Path(__file__).parent.parent / "specs"
 POLICY = load_policy(SPECS / "policies" / "base")
-SEEDS = load_prompts(SPECS / "prompts", POLICY)
+SEEDS = [item for _, _, item in read_rows(source_files(SPECS / "prompts"), POLICY)]
+PROMPTS = [item for item in SEEDS if isinstance(item, Prompt)]
+CAPABILITY = [item for item in SEEDS if isinstance(item, CapabilityRow)]
+
+
+def loaded(folder: Path, rows: list[dict | bytes], name: str = "prompts.jsonl") -> PromptSet:
+    """Rows as prompts under a root."""
+    file = folder / name
+    file.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    return load_prompts(Store(str(folder / "root")), file, POLICY)
+
+
+def _row(number: int, **changes: object) -> dict:
+    return GOOD | {"id": f"row-{number}", "messages": [{"role": "user", "content": f"request {number}"}]} | changes
 
 
 def _trigrams(text: str) -> set[tuple[str, ...]]:
@@ -27,51 +42,70 @@ def _text(prompt) -> str:
 
 
 def test_the_shipped_set_is_whole():
-    assert SEEDS.quarantined == []
-    cells = Counter((prompt.category, prompt.cell) for prompt in SEEDS.prompts)
+    assert not [item for item in SEEDS if isinstance(item, str)]
+    cells = Counter((prompt.category, prompt.cell) for prompt in PROMPTS)
     assert cells == {(category, cell): 8 for category in POLICY.categories for cell in CELLS}
-    multi = [prompt for prompt in SEEDS.prompts if len(prompt.messages) > 1]
-    assert len(multi) >= len(SEEDS.prompts) / 10
+    multi = [prompt for prompt in PROMPTS if len(prompt.messages) > 1]
+    assert len(multi) >= len(PROMPTS) / 10
     assert any(message.role == "tool" for prompt in multi for message in prompt.messages)
     never = {name for name, (_, clause) in POLICY.clauses.items() if clause.generate == "never"}
-    assert not any(never.intersection(prompt.ideal_clauses) for prompt in SEEDS.prompts)
+    assert not any(never.intersection(prompt.ideal_clauses) for prompt in PROMPTS)
 
 
 def test_no_two_prompts_of_a_cell_are_alike():
-    for _, group in itertools.groupby(sorted(SEEDS.prompts, key=lambda p: (p.category, p.cell)), key=lambda p: (p.category, p.cell)):
+    for _, group in itertools.groupby(sorted(PROMPTS, key=lambda p: (p.category, p.cell)), key=lambda p: (p.category, p.cell)):
         for one, other in itertools.combinations(list(group), 2):
             left, right = _trigrams(_text(one)), _trigrams(_text(other))
             assert len(left & right) <= 0.5 * len(left | right), (one.id, other.id)
 
 
 def test_capability_thoughts_do_not_talk_about_policy():
-    assert len(SEEDS.capability) >= 60
-    assert len({row.skill for row in SEEDS.capability}) >= 8
+    assert len(CAPABILITY) >= 60
+    assert len({row.skill for row in CAPABILITY}) >= 8
     talk = re.compile(r"\b(polic(y|ies)|guidelines?|clauses?|refuse|comply|allowed)\b|[<>]", re.IGNORECASE)
-    assert [row.id for row in SEEDS.capability if talk.search(row.thought)] == []
+    assert [row.id for row in CAPABILITY if talk.search(row.thought)] == []
 
 
-def test_splits_go_by_scenario_group():
-    splits = split_groups(SEEDS.prompts, POLICY)
-    cells = Counter((prompt.category, prompt.cell, splits[prompt.group]) for prompt in SEEDS.prompts)
+def test_splits_go_by_scenario_group(tmp_path: Path):
+    prompts = load_prompts(Store(str(tmp_path)), SPECS / "prompts", POLICY)
+    cells = Counter((prompt.category, prompt.cell, split) for split in ("sft", "rl", "eval") for prompt in prompts.prompts(split))
     for category, cell in itertools.product(POLICY.categories, CELLS):
         assert [cells[category, cell, split] for split in ("sft", "rl", "eval")] == [4, 2, 2]
+    assert prompts.counts == {"prompts": 224, "capability": len(CAPABILITY), "quarantined": 0}
+    assert sorted(item.id for item in prompts.capability) == sorted(item.id for item in CAPABILITY)
 
 
-def test_a_split_does_not_depend_on_order_or_on_other_categories():
-    splits = split_groups(SEEDS.prompts, POLICY)
-    some = [prompt for prompt in reversed(SEEDS.prompts) if prompt.category == "violence"]
-    assert split_groups(some, POLICY) == {group: splits[group] for group in {prompt.group for prompt in some}}
+def test_a_group_that_names_no_split_goes_by_its_name(tmp_path: Path):
+    shares = Counter(named_split(f"group {number}") for number in range(4000))
+    assert all(abs(shares[split] / 4000 - share) < 0.03 for split, share in (("sft", 0.5), ("rl", 0.25), ("eval", 0.25)))
+    rows = [_row(number, group=f"g{number // 4}", split=None) for number in range(80)]
+    splits = {prompt.group: split for split in shares for prompt in loaded(tmp_path, rows).prompts(split)}
+    assert splits == {f"g{number}": named_split(f"g{number}") for number in range(20)}
 
 
-def test_groups_of_a_never_clause_are_for_evaluation_only():
-    prompts = [prompt for prompt in SEEDS.prompts if prompt.category == "erotic"]
-    marked = [prompt.model_copy(update={"ideal_clauses": ("ER12",)}) if prompt.group == "er-01" else prompt for prompt in prompts]
-    assert split_groups(marked, POLICY)["er-01"] == "eval"
+def test_groups_of_a_never_clause_are_for_evaluation_only(tmp_path: Path):
+    """Also the rows of the group that come before the one that says so."""
+    rows = [json.loads(line) for line in (SPECS / "prompts" / "erotic.jsonl").read_text().splitlines()]
+    marked = next(row for row in reversed(rows) if row["group"] == "er-01" and row["ideal_verdict"] == "refuse")
+    marked["ideal_clauses"] = ["ER12"]
+    prompts = loaded(tmp_path, rows)
+    assert {prompt.group for prompt in prompts.prompts("eval")} >= {"er-01"}
+    assert all(prompt.group != "er-01" for split in ("sft", "rl") for prompt in prompts.prompts(split))
+    assert sum(prompts.size(split) for split in ("sft", "rl", "eval")) == len(rows)
+
+
+def test_prompts_are_read_once_and_again_when_they_change(tmp_path: Path):
+    rows = [_row(number) for number in range(PART_ROWS + 10)]
+    first = loaded(tmp_path, rows)
+    assert [part.rows for part in first.parts] == [PART_ROWS, 10]
+    assert loaded(tmp_path, rows).path == first.path
+    changed = loaded(tmp_path, [*rows, _row(9999)])
+    assert changed.path != first.path and changed.hash != first.hash
+    assert [prompt.id for prompt in changed.prompts("sft")] == [row["id"] for row in rows] + ["row-9999"]
 
 
 OTHER = [{"role": "user", "content": "another request"}]
-GOOD = json.loads((SPECS / "prompts" / "violence.jsonl").read_text().splitlines()[0])
+GOOD = json.loads((SPECS / "prompts" / "violence.jsonl").read_text().splitlines()[0]) | {"split": "sft"}
 
 
 @pytest.mark.parametrize(
@@ -87,27 +121,24 @@ GOOD = json.loads((SPECS / "prompts" / "violence.jsonl").read_text().splitlines(
         (json.dumps({**GOOD, "messages": [{"role": "system", "content": "x"}]}).encode(), "role"),
         (json.dumps({**GOOD, "surprise": 1}).encode(), "surprise: unknown field"),
         (json.dumps({**GOOD, "id": "first", "messages": OTHER}).encode(), "used by an earlier row"),
-        (json.dumps({**GOOD, "id": "second"}).encode(), "same as those of 'first'"),
+        (json.dumps({**GOOD, "id": "second", "messages": OTHER, "split": "eval"}).encode(), "an earlier row of group"),
+        (json.dumps({**GOOD, "id": "second"}).encode(), "same as those of an earlier row"),
     ],
 )
 def test_a_malformed_row_is_quarantined_with_file_line_and_reason(tmp_path: Path, line: bytes, reason: str):
-    file = tmp_path / "prompts.jsonl"
-    file.write_bytes(json.dumps({**GOOD, "id": "first"}).encode() + b"\n" + line + b"\n")
-    loaded = load_prompts(file, POLICY)
-    assert loaded.prompts[0].id == "first"
-    assert len(loaded.quarantined) == 1
-    bad = loaded.quarantined[0]
-    assert bad.file == str(file) and bad.line >= 2 and reason in bad.reason
+    prompts = loaded(tmp_path, [{**GOOD, "id": "first"}, line])
+    assert [prompt.id for prompt in prompts.prompts("sft")] == ["first"]
+    (bad,) = prompts.manifest["quarantined"]
+    assert bad["file"].endswith("prompts.jsonl") and bad["line"] == 2 and reason in bad["reason"]
+    assert prompts.counts == {"prompts": 1, "capability": 0, "quarantined": 1}
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "{}\n"])
 def test_a_file_without_a_usable_prompt_stops_the_run(tmp_path: Path, content: str):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(content)
     with pytest.raises(UserError, match="not one usable prompt"):
-        load_prompts(file, POLICY)
+        loaded(tmp_path, [content.encode()])
 
 
 def test_a_missing_file_stops_the_run(tmp_path: Path):
     with pytest.raises(UserError, match="no such prompt file"):
-        load_prompts(tmp_path / "nothing.jsonl", POLICY)
+        load_prompts(Store(str(tmp_path)), tmp_path / "nothing.jsonl", POLICY)

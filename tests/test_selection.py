@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -12,18 +13,19 @@ from cluster.errors import SpecmillError
 from tasks.complete import seed_of
 from tasks.compose import SUBSCORES_BLIND, BlindCase, FullCase, generator_turns, judge_turns
 from tasks.evaluate import Evaluation
-from tasks.gates import REFUSAL_WORDS, GateConfig, answer_kind, gate, spec_ngrams
+from tasks.gates import REFUSAL_WORDS, GateConfig, Gates, answer_kind, gate
 from tasks.judge import parse_scores
 from tasks.keys import completion_key, judgement_key, request_prefix
-from tasks.policy import load_policy, render
+from tasks.policy import VERDICTS, load_policy, render
 from tasks.prompts import Message
 from tasks.report import _differences
 from tasks.rollout import Drawn
-from tasks.select import Candidate, SelectConfig, funnel, require_kept, select
+from tasks.select import Candidates, SelectConfig, funnel, require_kept, select
 from tasks.statistics import Proportion, clustered_mean
 from tasks.store import Store
 from tasks.tables import EVALUATIONS
 from tasks.thoughts import Malformed
+from tasks.wanted import NO_SCORE
 
 POLICY = load_policy("specs/policies/base")
 SPEC = render(POLICY, "violence")
@@ -40,7 +42,8 @@ def test_a_key_changes_with_everything_that_changes_a_result_and_only_with_that(
     keys = {completion_key(_prefix(**change), prompt, sample) for change in changes for prompt in "ab" for sample in (0, 1)}
     assert len(keys) == len(changes) * 4 and all(len(key) == 16 for key in keys)
     assert completion_key(_prefix(), "a", 0) == completion_key(_prefix(), "a", 0)
-    assert len({judgement_key(key, judge, run) for key in keys for judge in "xy" for run in range(3)}) == len(keys) * 6
+    judged = {judgement_key(key, said, judge, run) for key in keys for said in (b"a", b"b") for judge in "xy" for run in range(3)}
+    assert len(judged) == len(keys) * 12
 
 
 def _row(**changes) -> dict:
@@ -75,8 +78,7 @@ GATED = [
 
 @pytest.mark.parametrize(("changes", "reason"), GATED)
 def test_every_gate_drops_for_its_own_reason(changes: dict, reason: str | None):
-    config = GateConfig()
-    assert gate(_row(**changes), POLICY, spec_ngrams(SPEC, config.max_copied_words + 1), config) == reason
+    assert gate(_row(**changes), Gates.of(GateConfig(), POLICY), SPEC) == reason
 
 
 @pytest.mark.parametrize(
@@ -170,40 +172,54 @@ def test_a_verdict_is_read_in_the_order_asked_for():
     }
 
 
-def _candidate(number: int, scores: tuple[int, ...], category: str = "a", prompt: str | None = None, **rest) -> Candidate:
-    return Candidate(bytes([number]), prompt or f"p{number}", category, rest.pop("verdict", "comply"), 0, scores, 3, **rest)
+def _candidates(*rows: tuple) -> Candidates:
+    """Rows of category, prompt, scores of three runs (0: none), and, if any, verdict and drop reason."""
+    categories = sorted({row[0] for row in rows})
+    verdicts, reasons = [None, *VERDICTS], [None, *dict.fromkeys(row[4] for row in rows if len(row) > 4)]
+    return Candidates(
+        categories=categories,
+        category=np.array([categories.index(row[0]) for row in rows], np.uint8),
+        verdict=np.array([verdicts.index(row[3] if len(row) > 3 else "comply") for row in rows], np.uint8),
+        prompt=np.array([row[1] for row in rows], np.uint64),
+        sample=np.zeros(len(rows), np.uint16),
+        scores=np.array([row[2] for row in rows], np.int8),
+        reason=np.array([reasons.index(row[4] if len(row) > 4 else None) for row in rows], np.uint8),
+        reasons=reasons,
+    )
 
 
 def test_the_minimum_decides_and_every_row_leaves_by_one_door():
-    pool = [
-        _candidate(1, (5, 5, 4)),
-        _candidate(2, (5, 5, 2)),
-        _candidate(3, (5, 5)),
-        _candidate(4, (5, 5, 5), prompt="p1"),
-        _candidate(5, (4, 4, 4), "b"),
-        _candidate(6, (5, 5, 5), "b"),
-        _candidate(7, (), "b", drop_reason="truncated"),
-    ]
-    kept = select(pool, SelectConfig(threshold=4, max_per_category=1))
-    assert {candidate.key for candidate in kept} == {b"\x04", b"\x06"}
-    assert funnel(pool) == {
+    found = _candidates(
+        ("a", 1, (5, 5, 4)),
+        ("a", 2, (5, 5, 2)),
+        ("a", 3, (5, 5, NO_SCORE)),
+        ("a", 1, (5, 5, 5)),
+        ("b", 5, (4, 4, 4)),
+        ("b", 6, (5, 5, 5)),
+        ("b", 7, (0, 0, 0), None, "truncated"),
+        ("b", 8, (2, 0, 0)),
+    )
+    select(found, SelectConfig(threshold=4, max_per_category=1))
+    assert np.flatnonzero(found.kept).tolist() == [3, 5]
+    assert funnel(found) == {
         "a": {"below_threshold": 1, "judgement_missing": 1, "kept": 1, "not_best_of_n": 1},
-        "b": {"category_quota": 1, "kept": 1, "truncated": 1},
+        "b": {"below_threshold": 1, "category_quota": 1, "kept": 1, "truncated": 1},
     }
-    assert sum(sum(counts.values()) for counts in funnel(pool).values()) == len(pool)
+    assert sum(sum(counts.values()) for counts in funnel(found).values()) == len(found.kept)
 
 
 def test_verdict_quota_and_thresholds_by_category():
-    pool = [_candidate(number, (4, 4, 4), verdict="refuse") for number in range(4)] + [_candidate(9, (3, 3, 3), "b")]
-    kept = select(pool, SelectConfig(threshold=4, category_threshold={"b": 3}, max_per_verdict=2))
-    assert len([c for c in kept if c.category == "a"]) == 2 and any(c.category == "b" for c in kept)
+    found = _candidates(*[("a", number, (4, 4, 4), "refuse") for number in range(4)], ("b", 9, (3, 3, 3)))
+    select(found, SelectConfig(threshold=4, category_threshold={"b": 3}, max_per_verdict=2))
+    assert np.flatnonzero(found.kept).tolist() == [0, 1, 4]
+    assert funnel(found)["a"] == {"kept": 2, "verdict_quota": 2}
 
 
 def test_an_empty_or_one_category_selection_stops_and_shows_the_funnel():
-    pool = [_candidate(1, (5, 5, 5)), _candidate(2, (1, 1, 1), "b")]
-    kept = select(pool, SelectConfig())
+    found = _candidates(("a", 1, (5, 5, 5)), ("b", 2, (1, 1, 1)))
+    select(found, SelectConfig())
     with pytest.raises(SpecmillError, match=r"below_threshold[\s\S]*\| b \|"):
-        require_kept(kept, funnel(pool), SelectConfig())
+        require_kept(funnel(found), SelectConfig())
 
 
 def test_wilson_intervals_match_the_textbook_and_are_never_of_zero_width():

@@ -51,24 +51,24 @@ def test_a_stale_writer_is_fenced_out(store: Store):
         one.commit([])
 
 
-def test_what_is_committed_after_a_survey_fences_its_writer_out(store: Store):
+def test_what_is_committed_after_a_look_fences_its_writer_out(store: Store):
     """It has planned on what it saw: the same keys may be in the other's shard."""
     one = Ledger(store, "completions")
-    one.survey()
+    one.shards()
     Ledger(store, "completions").commit([])
     with pytest.raises(Conflict, match="another run"):
         one.commit([])
 
 
-def test_a_lost_shard_is_surveyed_declared_and_made_again(store: Store):
+def test_a_lost_shard_is_seen_declared_and_made_again(store: Store):
     ledger = Ledger(store, "completions")
     shard = store.put_table("completions/shards", _table(range(3)))
     ledger.commit([shard])
     Path(store.path(shard.path)).unlink()
-    assert ledger.survey() == ([], [shard.path])
+    assert [table for _, table in store.read_shards(ledger.shards(), ["key"])] == [None]
     assert problems(store.root)[0] == [f"{shard.path}: missing"]
     ledger.commit([], lost=[shard.path])
-    assert Ledger(store, "completions").survey() == ([], [])
+    assert Ledger(store, "completions").shards() == []
     ledger.commit([store.put_table("completions/shards", _table(range(3)))])
     assert problems(store.root) == ([], 1)
 

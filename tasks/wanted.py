@@ -1,0 +1,224 @@
+"""What a run wants and what is there: one column entry per completion, some 40 bytes each, and no row.
+
+Wanted keys minus committed keys is all that resume, nightly runs and changes of n and k come down to. The completions are ordered by
+key; where a prompt lies (part, row), in which shard its completion (shard, place), what the gates said and the score of every judge run
+stand beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks import judge
+from tasks.complete import Request
+from tasks.gates import Gates, gate
+from tasks.keys import completion_key
+from tasks.keyset import column_keys, find, keys_of
+from tasks.policy import VERDICTS, Spec
+from tasks.prompt_set import Part, PromptSet
+from tasks.prompts import Split
+from tasks.store import Shard, Store
+from tasks.work import Pairs
+
+NOT_JUDGED, NO_SCORE = 0, -1
+"""Entries of `scores` beside 1 to 5: a run that was not made, and one whose verdict is missing (quarantined)."""
+MARKS = ["key", "content", "cited_verdict", "gates", "drop_reason"]
+GATED = ["finish_reason", "malformed", "thought", "answer", "quarantined"]
+NOT_MADE = 255
+"""Entry of `dropped` of a completion that is not there."""
+
+
+@dataclass
+class Wanted:
+    """The completions of a run. Arrays of one length; `scores` has a column for each of the k runs."""
+
+    parts: list[Part]
+    keys: npt.NDArray[np.bytes_]
+    part: npt.NDArray[np.uint32]
+    row: npt.NDArray[np.uint32]
+    sample: npt.NDArray[np.uint16]
+    shard: npt.NDArray[np.int32]
+    place: npt.NDArray[np.uint32]
+    content: npt.NDArray[np.uint64]
+    verdict: npt.NDArray[np.uint8]
+    dropped: npt.NDArray[np.uint8]
+    scores: npt.NDArray[np.int8]
+    reasons: list[str | None]
+    """What the numbers in `dropped` mean; 0: passed. `content` is the beginning of the content's hash, `verdict` counts VERDICTS from 1."""
+    shards: list[Shard]
+    """Completion shards that are there; `shard` counts them."""
+
+    @classmethod
+    def of(cls, prompts: PromptSet, split: Split, asked: dict[str, Request], n: int, k: int) -> "Wanted":
+        """n samples of every prompt of a split; nothing is there yet."""
+        columns: list[tuple[Any, ...]] = []
+        for number, part in enumerate(prompts.parts):
+            if not part.splits[split]:
+                continue
+            table = prompts.table(part, split, ["prompt_hash"])
+            prefix = asked[part.category].prefix
+            keys = keys_of([completion_key(prefix, name, sample) for name in table["prompt_hash"].to_pylist() for sample in range(n)])
+            rows = np.repeat(table["row"].to_numpy().astype(np.uint32), n)
+            samples = np.tile(np.arange(n, dtype=np.uint16), table.num_rows)
+            columns.append((keys, np.full(len(keys), number, np.uint32), rows, samples))
+        keys, parts, rows, samples = (np.concatenate(column) for column in zip(*columns, strict=True))
+        order = np.argsort(keys, kind="stable")
+        count = len(order)
+        return cls(
+            parts=prompts.parts,
+            keys=keys[order],
+            part=parts[order],
+            row=rows[order],
+            sample=samples[order],
+            shard=np.full(count, -1, np.int32),
+            place=np.zeros(count, np.uint32),
+            content=np.zeros(count, np.uint64),
+            verdict=np.zeros(count, np.uint8),
+            dropped=np.full(count, NOT_MADE, np.uint8),
+            scores=np.zeros((count, k), np.int8),
+            reasons=[None],
+            shards=[],
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def made(self) -> npt.NDArray[np.bool_]:
+        """Which completions are there."""
+        return self.shard >= 0
+
+    @property
+    def passed(self) -> npt.NDArray[np.bool_]:
+        """Which are there and passed the gates."""
+        return self.dropped == 0
+
+    @property
+    def category(self) -> npt.NDArray[np.uint8]:
+        """Number of the category, in the order of `categories`."""
+        number = {name: index for index, name in enumerate(self.categories)}
+        return np.array([number[part.category] for part in self.parts], np.uint8)[self.part]
+
+    @property
+    def categories(self) -> list[str]:
+        """Categories of the parts."""
+        return sorted({part.category for part in self.parts})
+
+    def mark_completions(self, store: Store, shards: Sequence[Shard], gates: Gates, specs: dict[str, Spec]) -> list[str]:
+        """Notes where the wanted completions are, and what the gates say; of a key that is in two shards, the first counts.
+
+        Rows that were gated by other rules are read again: it takes no engine to change a gate. Returns the shards that are gone.
+        """
+        lost = []
+        for shard, table in store.read_shards(shards, MARKS):
+            if table is None:
+                lost.append(shard.path)
+                continue
+            places, here = find(self.keys, column_keys(table["key"]))
+            fresh = here & (self.shard[places] < 0)
+            if not fresh.any():
+                continue
+            table = table.filter(pa.array(fresh))
+            index = places[fresh]
+            self.shard[index] = len(self.shards)
+            self.shards.append(shard)
+            self.place[index] = np.flatnonzero(fresh)
+            self.content[index] = _beginnings(table["content"])
+            self.verdict[index] = pc.index_in(table["cited_verdict"], pa.array(VERDICTS)).fill_null(-1).to_numpy() + 1
+            reasons = table["drop_reason"].to_pylist()
+            if any(rules != gates.hash for rules in table["gates"].unique().to_pylist()):
+                rows = store.read_table(shard.path, [*GATED, "category"]).filter(pa.array(fresh)).to_pylist()
+                reasons = [gate(row, gates, specs[row["category"]]) for row in rows]
+            self.dropped[index] = [self._reason(reason) for reason in reasons]
+        return lost
+
+    def mark_judgements(self, store: Store, shards: Sequence[Shard], judge_hash: str) -> list[str]:
+        """Notes the scores that this judge gave to these completions; of a run that is in two shards, the first counts.
+
+        Returns the shards that are gone.
+        """
+        lost = []
+        for shard, table in store.read_shards(shards, ["completion_key", "content", "run", "score", "judge_hash"]):
+            if table is None:
+                lost.append(shard.path)
+                continue
+            runs = table["run"].to_numpy()
+            places, here = find(self.keys, column_keys(table["completion_key"]))
+            fresh = here & pc.equal(table["judge_hash"], judge_hash).to_numpy() & (runs < self.scores.shape[1])
+            fresh &= self.content[places] == _beginnings(table["content"])
+            fresh[fresh] &= self.scores[places[fresh], runs[fresh]] == NOT_JUDGED
+            self.scores[places[fresh], runs[fresh]] = table["score"].fill_null(NO_SCORE).to_numpy()[fresh]
+        return lost
+
+    def missing_completions(self) -> Iterator[tuple[Part, Pairs]]:
+        """Completions that are not there, by part, in the order of its rows."""
+        missing = np.flatnonzero(~self.made)
+        for number, index in _groups(self.part, missing):
+            index = index[np.lexsort((self.sample[index], self.row[index]))]
+            yield self.parts[number], Pairs(self.row[index], self.sample[index])
+
+    def missing_runs(self, config: judge.JudgeConfig, limits: dict[str, int]) -> npt.NDArray[np.bool_]:
+        """(completion, run): which are wanted and not made. Unless audited, none after a score below the category's limit."""
+        limit = np.array([limits[name] for name in self.categories], np.int8)[self.category]
+        settled = ((self.scores > 0) & (self.scores < limit[:, None])).any(axis=1) & ~judge.audited(self.keys, config)
+        return (self.scores == NOT_JUDGED) & (self.passed & ~settled)[:, None]
+
+    def judgements_to_make(self, missing: npt.NDArray[np.bool_]) -> Iterator[tuple[Shard, str, Pairs]]:
+        """Completion shard, category and (place, run) of the runs that are missing."""
+        for number, index in _groups(self.shard, np.flatnonzero(missing.any(axis=1))):
+            index = index[np.argsort(self.place[index])]
+            completion, run = np.nonzero(missing[index])
+            yield self.shards[number], self.parts[self.part[index[0]]].category, Pairs(self.place[index][completion], run.astype(np.uint16))
+
+    @property
+    def prompt(self) -> npt.NDArray[np.uint64]:
+        """Number of the prompt, counted through all parts."""
+        starts = np.cumsum([0, *(part.rows for part in self.parts)]).astype(np.uint64)
+        return starts[self.part] + self.row
+
+    def by_part(self) -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
+        """Indexes of the completions of each part, in the order of its rows: an order that no shard and no engine has an influence on."""
+        for number, index in _groups(self.part, np.arange(len(self))):
+            yield self.parts[number], index[np.lexsort((self.sample[index], self.row[index]))]
+
+    def rows(self, store: Store, index: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
+        """Columns of completions that are there, in the order of `index`."""
+        found, places = [], []
+        for number, part in _groups(self.shard, index):
+            found.append(store.read_table(self.shards[number].path, columns).take(self.place[part]))
+            places.append(part)
+        return pa.concat_tables(found).take(_matching(np.concatenate(places), index))
+
+    def count(self, mask: npt.NDArray[Any]) -> dict[str, int]:
+        """Entries of a mask by category."""
+        counts = np.bincount(self.category, weights=mask.reshape(len(self), -1).sum(axis=1), minlength=len(self.categories))
+        return {name: int(count) for name, count in zip(self.categories, counts, strict=True)}
+
+    def _reason(self, reason: str | None) -> int:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return self.reasons.index(reason)
+
+
+def _beginnings(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    return column_keys(column).view(np.uint64)[::2]
+
+
+def _matching(values: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each wanted number is among the values."""
+    order = np.argsort(values)
+    return order[np.searchsorted(values, wanted, sorter=order)]
+
+
+def _groups(values: npt.NDArray[Any], index: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Entries of `index` by their value, in the order of the values."""
+    order = index[np.argsort(values[index], kind="stable")]
+    borders = np.flatnonzero(np.diff(values[order])) + 1
+    for group in np.split(order, borders):
+        if len(group):
+            yield int(values[group[0]]), group
