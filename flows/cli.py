@@ -46,7 +46,7 @@ def run(
     from flows.workspace import prepare
     from tasks.progress import say
 
-    prepare(request)
+    prepare(request, trains=flow != "regenerate")
     say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
     interrupted = threading.Event()
     try:
@@ -77,7 +77,7 @@ def plan(
     from flows.plan import plan as make_plan
     from flows.workspace import prepare
 
-    typer.echo(describe_plan(*make_plan(prepare(RunRequest(file=file, root=root, changes=set_ or [])))))
+    typer.echo(describe_plan(*make_plan(prepare(RunRequest(file=file, root=root, changes=set_ or []), trains=False))))
 
 
 @app.command()

@@ -27,6 +27,7 @@ class RunConfig(Strict):
     version: Literal[1] = Field(1, title="Version", description="Version of the run file's format.")
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", title="Name", description="Names the dataset and the report.")
     root: str = Field("./out", title="Root", description="Where everything is written: a directory.")
+    lease_seconds: float = Field(30, gt=0, title="Lease", description="A run whose ledger has not moved for so long is taken to be dead.")
     policy: str = Field("specs/policies/base", title="Policy", description="Policy bundle, relative to the run file that names it.")
     prompts: str = Field("specs/prompts", title="Prompts", description="JSONL file or directory, relative to the file that names it.")
     generate: GenerateConfig = Field(GenerateConfig(), title="Generate")
@@ -39,7 +40,7 @@ class RunConfig(Strict):
 
     def parameters(self) -> dict[str, Any]:
         """What the run computes. Where and by how many workers it is computed, and how it is called, is left out."""
-        content = self.model_dump(mode="json", exclude={"root", "name", "policy", "prompts"})
+        content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "policy", "prompts"})
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
         for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"}), ("sft", UNIMPORTANT), ("rl", UNIMPORTANT)):

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
+from tasks.ledger import Ledger
 from tasks.select import funnel_markdown
-from tasks.store import Corrupt, File, Ledger, Shard, Store
+from tasks.store import Corrupt, File, Shard, Store
 
 STAGES = ("completions", "judgements")
 
@@ -37,7 +38,6 @@ def describe(path: str, manifest: dict[str, Any]) -> str:
 
 def problems(path: str) -> tuple[list[str], int]:
     """Everything that is off under a path, and the number of files that were checked."""
-    root = Path(path)
     store = Store(path)
     manifest = store.read_json("manifest.json")
     if manifest is None and not any(store.exists(f"{stage}/ledger/{0:08d}.json") for stage in STAGES):
@@ -45,35 +45,39 @@ def problems(path: str) -> tuple[list[str], int]:
     found: list[str] = []
     checked = 0
     if manifest is None:
-        for stage in [*STAGES, *(place.relative_to(root).as_posix() for place in sorted(root.glob("rollouts/*")))]:
+        for stage in [*STAGES, *store.glob("rollouts/*")]:
             off, count = _ledger_problems(store, stage)
             found, checked = found + off, checked + count
-        manifests = [*root.glob("datasets/*/*"), *root.glob("checkpoints/*"), *root.glob("evaluations/*"), *root.glob("runs/*")]
-        for place in sorted(place for place in manifests if (place / "manifest.json").exists()):
-            off, count = _manifest_problems(place, read_manifest(str(place)))
-            found, checked = found + off, checked + count
+        for pattern in ("prompts/*", "datasets/*/*", "checkpoints/*", "evaluations/*", "runs/*"):
+            for file in store.glob(f"{pattern}/manifest.json"):
+                off, count = _manifest_problems(store, file.rpartition("/")[0])
+                found, checked = found + off, checked + count
         return found, checked
-    off, checked = _manifest_problems(root, manifest)
+    found, checked = _manifest_problems(store, "")
     if manifest["kind"] == "run":
+        root = Store(path.rstrip("/").rsplit("/", 2)[0])
         for part in [manifest["dataset"], *manifest["checkpoints"], *manifest["evaluations"]]:
-            more, count = _manifest_problems(root.parent.parent / part, read_manifest(str(root.parent.parent / part)))
-            off, checked = off + more, checked + count
-    return off, checked
+            off, count = _manifest_problems(root, part)
+            found, checked = found + off, checked + count
+    return found, checked
 
 
-def _manifest_problems(place: Path, manifest: dict[str, Any]) -> tuple[list[str], int]:
-    store = Store(str(place))
+def _manifest_problems(store: Store, folder: str) -> tuple[list[str], int]:
+    place = f"{folder}/" if folder else ""
+    manifest = store.read_json(f"{place}manifest.json")
+    if manifest is None:
+        return [f"{place}manifest.json: missing"], 0
     found = []
     for file in manifest.get("files", []):
-        wrong = store.verify(File(file["path"], file["bytes"], file["sha256"]))
+        wrong = store.verify(File(f"{place}{file['path']}", file["bytes"], file["sha256"]))
         if wrong:
-            found.append(f"{place}: {wrong}")
+            found.append(wrong)
     if manifest["kind"] == "dataset":
-        found += [f"{place}: {line}" for line in _dataset_balance(store, manifest)]
+        found += [f"{place or store.root}: {line}" for line in _dataset_balance(manifest)]
     return found, len(manifest.get("files", []))
 
 
-def _dataset_balance(store: Store, manifest: dict[str, Any]) -> Iterator[str]:
+def _dataset_balance(manifest: dict[str, Any]) -> Iterator[str]:
     balance = manifest["balance"]
     if balance["completions"] != balance["kept"] + balance["dropped"]:
         yield f"balance: {balance['completions']} completions are not {balance['kept']} kept + {balance['dropped']} dropped"

@@ -16,7 +16,7 @@ from flows.workspace import Workspace, survey
 from tasks import complete, judge
 from tasks.complete import Request
 from tasks.keyset import KeySet, column_keys
-from tasks.store import Ledger
+from tasks.ledger import Ledger
 from tasks.wanted import Wanted
 
 ORIGINS = ["prompt_hash", "sample", "spec_hash", "template_hash", "sampling_hash", "generator", "generator_revision"]
@@ -145,13 +145,8 @@ def _reason(older: list[dict[str, Any]], sample: int, asked: Request) -> str:
 
 
 def _estimate(ledger: Ledger, rows: int, engine: EngineConfig) -> Estimate:
-    made, usage = 0, Usage()
-    for entry in ledger.entries():
-        cost = Usage(**entry["usage"])
-        if cost.busy_seconds:
-            made += sum(shard["rows"] for shard in entry["shards"])
-            usage += cost
-    return Estimate(ledger.stage, rows, usage.scaled(rows / made) if made else None, engine.engines)
+    state = ledger.read()
+    return Estimate(ledger.stage, rows, state.usage.scaled(rows / state.made) if state.made else None, engine.engines)
 
 
 def _sentence(estimate: Estimate) -> str:

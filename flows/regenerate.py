@@ -11,7 +11,7 @@ from tasks.dataset import Dataset
 @flow(name="regenerate", description="Policy and prompts in, dataset version out. Only what is missing is made.")
 def regenerate(request: RunRequest) -> Dataset:
     """Completes, judges and selects; returns the dataset version."""
-    with opened(request) as run:
+    with opened(request, trains=False) as run:
         complete_and_judge_step(run)
         run.dataset = select_step(run)
         return run.dataset

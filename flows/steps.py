@@ -1,6 +1,7 @@
 """The Prefect tasks of the flows, one per stage. They pass handles and keys, never rows; the ledgers, not Prefect, know what is done."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from tasks.checkpoints import Checkpoint
 from tasks.dataset import Dataset, candidates, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import code_version, digest
+from tasks.ledger import Ledger
 from tasks.progress import Progress, say
 from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
-from tasks.store import Ledger, Store
+from tasks.store import Store
 from tasks.training_rows import training_rows
 from tasks.work import Pairs, Receipt, Tally, work
 
@@ -36,7 +38,7 @@ def complete_and_judge_step(run: Workspace) -> None:
     completions, judgements = Ledger(store, complete.STAGE), Ledger(store, judge.STAGE)
     wanted, lost = survey(run, completions, judgements)
     generating, judging = Line(complete.COMPLETE, run.generator.fleet), Line(judge.JUDGE, run.judge.fleet)
-    with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged:
+    with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged, ExitStack() as open_ledgers:
         tallies: dict[Line, Tally] = {judging: Tally(judgements, judged, lost[1]), generating: Tally(completions, drawn, lost[0])}
         for part, pairs in wanted.missing_completions():
             request, size = run.requests[part.category], config.generate.shard_rows
@@ -58,6 +60,9 @@ def complete_and_judge_step(run: Workspace) -> None:
                     tallies[judging].add(judging, [run.judgement_shard(receipt.file, done.shard.request.category, pairs)])
 
         del wanted
+        for line, tally in tallies.items():
+            if line.waiting or generating.waiting or tally.lost:
+                open_ledgers.enter_context(tally.ledger.writing(config.lease_seconds))
         if config.judge.overlap or run.judge is run.generator:
             _announce(run.generator, needed=bool(generating.waiting))
             _announce(run.judge, needed=bool(judging.waiting))

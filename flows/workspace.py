@@ -18,11 +18,12 @@ from tasks.dataset import Dataset
 from tasks.gates import Gates
 from tasks.judge import JudgementShard, judge_hash
 from tasks.keys import digest
+from tasks.ledger import Ledger
 from tasks.policy import Policy, Spec, load_policy
 from tasks.progress import say
 from tasks.prompt_set import PromptSet, load_prompts
 from tasks.prompts import Prompt, Split
-from tasks.store import Ledger, Shard, Store
+from tasks.store import Shard, Store
 from tasks.wanted import Wanted
 from tasks.work import Pairs
 
@@ -106,14 +107,14 @@ class Workspace:
 
 
 @contextmanager
-def opened(request: RunRequest) -> Iterator[Workspace]:
-    """The workspace of a request; the one of the enclosing flow if there is one."""
+def opened(request: RunRequest, trains: bool = True) -> Iterator[Workspace]:
+    """The workspace of a request; the one of the enclosing flow if there is one. `trains`: whether checkpoints will be written."""
     outer = _current.get()
     if outer is not None:
         yield outer
         return
     with ExitStack() as stack:
-        workspace = _open(request, stack)
+        workspace = _open(request, trains, stack)
         token = _current.set(workspace)
         try:
             yield workspace
@@ -121,7 +122,7 @@ def opened(request: RunRequest) -> Iterator[Workspace]:
             _current.reset(token)
 
 
-def prepare(request: RunRequest) -> Workspace:
+def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     """Reads and checks everything that a run needs, without starting anything. Raises UserError that says what to change."""
     config = load_run(request)
     policy = load_policy(config.policy)
@@ -137,6 +138,8 @@ def prepare(request: RunRequest) -> Workspace:
         pool.check_memory()
     workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine)
     _check(workspace)
+    if trains:
+        _check_training(workspace)
     return workspace
 
 
@@ -151,20 +154,25 @@ def _check(run: Workspace) -> None:
     """What would otherwise be found out hours later. Raises UserError."""
     config = run.config
     run.requests  # noqa: B018  (raises when a grammar or a policy does not fit)
-    directory(run.store, "")
     for category in config.select.category_threshold:
         if category not in run.policy.categories:
             raise UserError(f"select.category_threshold: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
+    if not run.prompts.size("sft"):
+        raise UserError(f"{config.prompts}: not one scenario group falls to the split 'sft'. Add scenario groups.")
+
+
+def _check_training(run: Workspace) -> None:
+    """The same for training and evaluation: a directory to write to, prompts of the other splits, and room for them."""
+    config = run.config
+    directory(run.store, "")
     few = (
         "Lower it, add scenario groups, or name the `split` of some: by their names, four of eight go to SFT, two to RL, two to evaluation."
     )
     if run.prompts.size("rl") < config.rl.prompts_per_step:
         wanted = config.rl.prompts_per_step
         raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. {few}")
-    splits: tuple[Split, ...] = ("sft", "eval")
-    for split in splits:
-        if not run.prompts.size(split):
-            raise UserError(f"{config.prompts}: not one scenario group falls to the split {split!r}. Add scenario groups.")
+    if not run.prompts.size("eval"):
+        raise UserError(f"{config.prompts}: not one scenario group falls to the split 'eval'. Add scenario groups.")
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
     limits: dict[Split, int] = {"rl": config.rl.max_tokens, "eval": config.evaluate.max_tokens}
     for split, limit in limits.items():
@@ -177,8 +185,8 @@ def _check(run: Workspace) -> None:
                 )
 
 
-def _open(request: RunRequest, stack: ExitStack) -> Workspace:
-    workspace = prepare(request)
+def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
+    workspace = prepare(request, trains)
     counts, shown = workspace.prompts.counts, workspace.prompts.manifest["quarantined"]
     say(f"run {workspace.run_id}: {counts['prompts']} prompts, {counts['capability']} capability rows -> {workspace.store.root}")
     for row in shown:

@@ -113,10 +113,14 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
 
 
 async def complete_shard(engine: Engine, shard: CompletionShard) -> Receipt:
-    """Draws, splits, gates and writes the completions of a shard. A request that the engine rejects is quarantined."""
+    """Draws, splits, gates and writes the completions of a shard. A request that the engine rejects is quarantined.
+
+    Files are read and written in threads: the engine has other shards to go on with.
+    """
     chat = chat_of(shard.model.path)
-    prompts = _prompts(shard.root, shard.part)
-    return _write(shard, await asyncio.gather(*(_draw(engine, shard, prompts[row], sample, chat) for row, sample in shard.pairs)))
+    prompts = await asyncio.to_thread(_prompts, shard.root, shard.part)
+    rows = await asyncio.gather(*(_draw(engine, shard, prompts[row], sample, chat) for row, sample in shard.pairs))
+    return await asyncio.to_thread(_write, shard, rows)
 
 
 def give_up(shard: CompletionShard, reason: str) -> Receipt:

@@ -152,8 +152,9 @@ async def judge_shard(engine: Engine, shard: JudgementShard) -> Receipt:
                 break
         return given
 
-    judged = await asyncio.gather(*(judge_row(row, runs) for row, runs in _completions(shard, CASE)))
-    return _write(shard, [row for given in judged for row in given])
+    completions = await asyncio.to_thread(_completions, shard, CASE)
+    judged = await asyncio.gather(*(judge_row(row, runs) for row, runs in completions))
+    return await asyncio.to_thread(_write, shard, [row for given in judged for row in given])
 
 
 def give_up(shard: JudgementShard, reason: str) -> Receipt:

@@ -27,12 +27,13 @@ from tasks import tables
 from tasks.batch import MicroBatch, Row, micro_batches
 from tasks.judge import JudgeConfig
 from tasks.keys import KEY_BYTES, digest
+from tasks.ledger import Ledger
 from tasks.losses import AdvantageKind, TokenLoss, group_advantages, policy_gradient, reference_kl, token_logprobs
 from tasks.policy import Spec
 from tasks.progress import Progress
 from tasks.prompts import Prompt
 from tasks.rollout import DRAW, Drawn, DrawShard, blind_shards, in_parts, reward, verdicts_of
-from tasks.store import Ledger, Store
+from tasks.store import Store
 from tasks.thoughts import Malformed
 from tasks.training_log import append_line, followed, keep_lines, last_line
 from tasks.validation import Strict

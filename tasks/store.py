@@ -1,29 +1,42 @@
-"""Where results lie: a root that any fsspec URL can name, files written once, and the numbered ledger that says which of them count.
+"""Where results lie: a root that any fsspec URL can name, and files that are written once, all of them or nothing.
 
-A shard is serialised in memory, checksummed and put once. It counts when a ledger entry names it; entry n is created only if there is no
-entry n, so there is one writer and a stale one is fenced out. Nothing is found by listing: readers probe the next number.
+A shard is serialised in memory, checksummed and put once; `tasks.ledger` says which of them count.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
+import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import count
+from typing import Any, Literal, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import SpecmillError, UserError
-from cluster.serving import Usage
 
 ROW_GROUP_ROWS = 1024
+T = TypeVar("T")
+PATIENCE_SECONDS = float(os.environ.get("SPECMILL_STORE_SECONDS", "60"))
+"""How long a store that does not answer is asked again."""
+DEFINITE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+DEFINITE_NUMBERS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENAMETOOLONG)
+"""What is an answer of a remote store; anything else may be better the next time."""
+S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "max_concurrency": 1,  # more would ask for the size of every file first
+    "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 60},
+}
 READERS = 16
 """Files read at the same time."""
 
@@ -53,16 +66,23 @@ class Shard(File):
     quarantined: int
 
 
+class Down(SpecmillError):
+    """The store did not answer, or has no room; the run stops and the same command goes on from there."""
+
+
 class Store:
-    """A root URL. Paths are relative to it and use `/`."""
+    """A root URL: a directory, `s3://bucket/prefix`, or any other that fsspec knows. Paths are relative to it and use `/`."""
 
     def __init__(self, root: str) -> None:
         self.root = root
+        options = S3_OPTIONS if root.startswith(("s3://", "s3a://")) else {}
         try:
-            self.fs, self.base = fsspec.core.url_to_fs(root)
+            self.fs, self.base = fsspec.core.url_to_fs(root, **options)
         except (ValueError, ImportError) as error:
             raise UserError(f"root {root!r} cannot be opened: {error}") from error
         self.base = self.base.rstrip("/")
+        if options:
+            self.fs.retries = 1  # s3fs's own, like botocore's, would only multiply ours
 
     @property
     def local(self) -> bool:
@@ -76,53 +96,48 @@ class Store:
 
     def check_writable(self) -> None:
         """Raises UserError when nothing can be written under the root."""
+        probe = f".probe-{uuid.uuid4().hex}"
         try:
-            self.create(f".probe-{uuid.uuid4().hex}", b"", keep=False)
+            self._write("create", probe, probe.encode())
+            self._write("delete", probe)
+        except FileNotFoundError as error:
+            raise UserError(f"root {self.root!r}: there is no such bucket. Make it, or choose another root.") from error
         except OSError as error:
             raise UserError(f"root {self.root!r} cannot be written: {error.strerror or error}. Choose another root.") from error
 
-    def create(self, path: str, content: bytes, keep: bool = True) -> File:
-        """Writes a file that must not exist yet, all of it or nothing. Raises Conflict when it exists."""
-        target = self.path(path)
-        if self.local:
-            self._link(target, content)
-        else:
-            try:
-                self.fs.pipe_file(target, content, mode="create")
-            except FileExistsError:
+    def put(self, path: str, content: bytes) -> File:
+        """Writes a file, all of it or nothing. Raises Conflict when there is one of this name with other content.
+
+        The same content is fine: an earlier attempt may have succeeded although its answer was lost.
+        """
+        try:
+            self._write("create", path, content)
+        except FileExistsError:
+            if self.read(path) != content:
                 raise Conflict(f"{path} exists already") from None
-        if not keep:
-            self.fs.rm_file(target)
         return File(path, len(content), hashlib.sha256(content).hexdigest())
 
-    def put(self, path: str, content: bytes) -> File:
-        """Like `create`, but content that lies there already is fine: content-named files are put once."""
-        try:
-            return self.create(path, content)
-        except Conflict:
-            if self.read(path) != content:
-                raise
-            return File(path, len(content), hashlib.sha256(content).hexdigest())
-
     def replace(self, path: str, content: bytes) -> None:
-        """Writes a file for people (a report, a card), all of it or nothing, over an older one."""
-        target = self.path(path)
-        if not self.local:
-            self.fs.pipe_file(target, content)
-            return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        private = f"{os.path.dirname(target)}/.{uuid.uuid4().hex}"
-        with open(private, "wb") as stream:
-            stream.write(content)
-        os.replace(private, target)
+        """Writes a file, all of it or nothing, over an older one."""
+        self._write("replace", path, content)
+
+    def delete(self, path: str) -> None:
+        """Removes a file; one that is gone already is fine."""
+        with suppress(FileNotFoundError):
+            self._write("delete", path)
 
     def read(self, path: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError."""
-        return bytes(self.fs.cat_file(self.path(path)))
+        return bytes(self._trying(lambda: self.fs.cat_file(self.path(path)), path))
 
     def exists(self, path: str) -> bool:
         """Whether a file is there."""
-        return bool(self.fs.exists(self.path(path)))
+        return bool(self._trying(lambda: self.fs.exists(self.path(path)), path))
+
+    def glob(self, pattern: str) -> list[str]:
+        """Files and folders that fit a pattern, in order. For people's commands: nothing that a run does relies on a listing."""
+        found = self._trying(lambda: self.fs.glob(self.path(pattern)), pattern)
+        return sorted(str(path).removeprefix(f"{self.base}/") for path in found)
 
     def read_json(self, path: str) -> Any:
         """The content of a JSON file, or None when there is no such file. Raises Corrupt when it is not JSON."""
@@ -178,76 +193,69 @@ class Store:
             return f"{file.path}: checksum differs ({len(content)} bytes, expected {file.bytes})"
         return None
 
-    def _link(self, target: str, content: bytes) -> None:
-        """Local create: a private file with all bytes, then a hard link to the name, which fails if the name exists."""
-        folder = os.path.dirname(target)
-        os.makedirs(folder, exist_ok=True)
-        private = f"{folder}/.{uuid.uuid4().hex}"
-        try:
-            with open(private, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+    def _write(self, action: Literal["create", "replace", "delete"], path: str, content: bytes = b"") -> None:
+        """Every durable change passes here. Raises FileExistsError (create) and FileNotFoundError (delete)."""
+        target = self.path(path)
+        if self.local:
             try:
-                os.link(private, target)
-            except FileExistsError:
-                raise Conflict(f"{target} exists already") from None
-        finally:
-            if os.path.exists(private):
-                os.unlink(private)
+                _write_file(action, target, content)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise Down(f"{target}: {error.strerror}. Make room and start the same command again.") from error
+                raise
+        elif action == "delete":
+            self._trying(lambda: self.fs.rm_file(target), path)
+        elif action == "replace":
+            self._trying(lambda: self.fs.pipe_file(target, content), path)
+        else:
+            try:
+                self._trying(lambda: self.fs.pipe_file(target, content, mode="create"), path)
+            except OSError as error:
+                # Some servers do not say which condition failed, so that s3fs cannot know either.
+                if isinstance(error, FileExistsError) or (error.errno == errno.EINVAL and self.exists(path)):
+                    raise FileExistsError(path) from error
+                raise
+
+    def _trying(self, ask: Callable[[], T], path: str) -> T:
+        """The store's answer. What is no definite answer is asked for again, within bounds; then raises Down."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for attempt in count():
+            try:
+                return ask()
+            except PermissionError as error:
+                advice = "Check its permissions and the credentials in the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."
+                raise UserError(f"root {self.root!r} refuses {path}: {str(error.strerror or error).rstrip('.')}. {advice}") from error
+            except Exception as error:
+                definite = isinstance(error, OSError) and (self.local or isinstance(error, DEFINITE) or error.errno in DEFINITE_NUMBERS)
+                if definite:
+                    raise
+                pause = random.uniform(0, min(5.0, 0.1 * 2**attempt))
+                if time.monotonic() + pause > deadline:
+                    raise Down(
+                        f"root {self.root!r} does not answer ({path}; {attempt + 1} attempts in {PATIENCE_SECONDS:.0f} s; the last: "
+                        f"{type(error).__name__}: {error}). Everything committed is kept; start the same command again when it does."
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError
 
 
-class Ledger:
-    """The numbered record of one stage: `<stage>/ledger/<n>.json`, each entry naming shards. A key belongs to the first that names it."""
-
-    def __init__(self, store: Store, stage: str) -> None:
-        self.store, self.stage = store, stage
-        self._next: int | None = None
-
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """All entries in order."""
-        number = 0
-        while (entry := self.store.read_json(self._path(number))) is not None:
-            yield entry
-            number += 1
-        self._next = number
-
-    def shards(self) -> list[Shard]:
-        """Shards that count: named by an entry, and not declared lost by a later one.
-
-        From here on `commit` continues after the last entry seen: what another run commits meanwhile fences this one out.
-        """
-        named: dict[str, Shard] = {}
-        for entry in self.entries():
-            for shard in entry["shards"]:
-                named[shard["path"]] = Shard(**shard)
-            for path in entry["lost"]:
-                named.pop(path, None)
-        return list(named.values())
-
-    def commit(self, shards: Iterable[Shard], lost: Iterable[str] = (), usage: Usage | None = None) -> None:
-        """Appends one entry; `usage` is what its shards cost.
-
-        Raises Conflict when another writer was faster: this one has lost its turn and must stop.
-        """
-        shards = list(shards)
-        number = sum(1 for _ in self.entries()) if self._next is None else self._next
-        entry = {
-            "version": 1,
-            "stage": self.stage,
-            "shards": [asdict(shard) for shard in shards],
-            "keys": sum(shard.rows for shard in shards),
-            "lost": list(lost),
-            "usage": asdict(usage or Usage()),
-            "time": time.time(),
-        }
-        try:
-            self.store.create(self._path(number), json.dumps(entry, indent=1).encode())
-        except Conflict:
-            raise Conflict(
-                f"{self.stage}: another run writes to {self.store.root}; this one stops. Start it again when the other has ended."
-            ) from None
-        self._next = number + 1
-
-    def _path(self, number: int) -> str:
-        return f"{self.stage}/ledger/{number:08d}.json"
+def _write_file(action: Literal["create", "replace", "delete"], target: str, content: bytes) -> None:
+    """On a disk: a private file with all bytes, which then gets the name; by a link if there must be none of this name."""
+    if action == "delete":
+        os.unlink(target)
+        return
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    private = f"{folder}/.{uuid.uuid4().hex}"
+    try:
+        with open(private, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if action == "create":
+            os.link(private, target)
+        else:
+            os.replace(private, target)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(private)

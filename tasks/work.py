@@ -14,8 +14,9 @@ import numpy.typing as npt
 from cluster.errors import SpecmillError
 from cluster.fleet import Done, Line, run
 from cluster.serving import Usage
+from tasks.ledger import Ledger
 from tasks.progress import Progress
-from tasks.store import Ledger, Shard
+from tasks.store import Conflict, Down, Shard
 
 COMMIT_SECONDS = 1.0
 """Finished shards are committed together, this long after the last commit."""
@@ -74,7 +75,7 @@ class Tally:
         self.ledger, self.progress = ledger, progress
         self.asked = self.made = self.skipped = 0
         self.usage = Usage()
-        self._lost = list(lost)
+        self.lost = list(lost)
         self._waiting: list[Shard] = []
         self._cost = Usage()
         self._committed = 0.0
@@ -97,9 +98,9 @@ class Tally:
 
     def commit(self, now: bool = False) -> None:
         """Names the finished shards in the ledger, unless that was done less than a second ago. The first entry declares the lost ones."""
-        if (self._waiting or self._lost) and (now or time.monotonic() - self._committed >= COMMIT_SECONDS):
-            self.ledger.commit(self._waiting, self._lost, self._cost)
-            self._waiting, self._lost, self._cost = [], [], Usage()
+        if (self._waiting or self.lost) and (now or time.monotonic() - self._committed >= COMMIT_SECONDS):
+            self.ledger.commit(self._waiting, self.lost, self._cost)
+            self._waiting, self.lost, self._cost = [], [], Usage()
             self._committed = time.monotonic()
 
     def balance(self) -> None:
@@ -122,6 +123,9 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
                 follow(done)
             lines[done.line].take(done)
             lines[done.line].commit()
-    finally:
+    except (Conflict, Down):
+        raise
+    except BaseException:
         for tally in lines.values():
             tally.commit(now=True)
+        raise

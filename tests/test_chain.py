@@ -29,9 +29,10 @@ from flows.config import RunRequest
 from flows.inspect import problems
 from tasks import rl, thoughts
 from tasks.compose import plain_turns
+from tasks.ledger import Ledger
 from tasks.policy import load_policy
 from tasks.prompts import Prompt, read_rows, source_files
-from tasks.store import Ledger, Store
+from tasks.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.chain]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests

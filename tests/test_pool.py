@@ -25,7 +25,7 @@ def test_a_shard_is_cut_when_little_is_left_and_nothing_of_it_is_lost() -> None:
     line.add(["abcdefgh"])
     assert line.take(fleet, 0, 3).shard == "ab"
     assert line.waiting == 6
-    assert "".join(line.take(fleet, 0, 100).shard for _ in range(2)) == "cdefgh"
+    assert sorted(line.take(fleet, 0, 100).shard for _ in range(2)) == ["cd", "efgh"]
 
 
 def test_pairs_are_halved_between_rows_and_only_then_within_one() -> None:

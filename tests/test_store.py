@@ -1,14 +1,19 @@
 """The store and the ledger: written once, named by content, one writer."""
 
+import errno
 import json
+import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from cluster.errors import UserError
+from cluster.serving import Usage
 from flows.inspect import problems
-from tasks.store import Conflict, Corrupt, Ledger, Store
+from tasks.ledger import Ledger
+from tasks.store import Conflict, Corrupt, Down, Store
 
 
 @pytest.fixture
@@ -22,9 +27,9 @@ def _table(keys: range, quarantined: int = 0) -> pa.Table:
 
 
 def test_a_file_is_created_once_and_never_replaced(store: Store):
-    store.create("a/b.json", b"one")
+    store.put("a/b.json", b"one")
     with pytest.raises(Conflict):
-        store.create("a/b.json", b"two")
+        store.put("a/b.json", b"two")
     assert store.read("a/b.json") == b"one"
     assert store.put("a/b.json", b"one").bytes == 3
     assert not [name for name in Path(store.path("a")).iterdir() if name.name.startswith(".")]
@@ -97,7 +102,7 @@ def test_a_broken_ledger_entry_is_named(store: Store):
 def test_entries_say_what_they_hold(store: Store):
     Ledger(store, "completions").commit([store.put_table("completions/shards", _table(range(3)))])
     entry = json.loads(store.read("completions/ledger/00000000.json"))
-    assert entry["keys"] == 3 and entry["shards"][0]["sha256"]
+    assert entry["shards"][0]["rows"] == 3 and entry["shards"][0]["sha256"]
 
 
 def test_an_unwritable_root_is_the_users_mistake(tmp_path: Path):
@@ -106,3 +111,65 @@ def test_an_unwritable_root_is_the_users_mistake(tmp_path: Path):
         Store(str(tmp_path / "file" / "root")).check_writable()
     with pytest.raises(UserError, match="cannot be opened"):
         Store("nothing://root")
+
+
+def test_a_second_run_says_that_another_one_is_writing(store: Store):
+    first, second = Ledger(store, "completions"), Ledger(store, "completions")
+    with first.writing(lease=2.0), pytest.raises(UserError, match="another run is writing"), second.writing(lease=0.1):
+        pass
+    with Ledger(store, "completions").writing(lease=0.1):
+        pass
+
+
+def test_a_dead_run_is_taken_over_after_its_lease_and_fenced_out(store: Store):
+    dead = Ledger(store, "completions")
+    dead._lease = 1.0
+    dead.commit()
+    started = time.monotonic()
+    with Ledger(store, "completions").writing(lease=0.1):
+        assert 1.0 <= time.monotonic() - started < 5
+        with pytest.raises(Conflict, match="another run"):
+            dead.commit()
+
+
+def test_a_run_that_is_fenced_out_while_it_has_nothing_to_commit_learns_of_it(store: Store):
+    ledger = Ledger(store, "completions")
+    with pytest.raises(Conflict), ledger.writing(lease=0.3):
+        other = Ledger(store, "completions")
+        while True:
+            try:
+                other.read()
+                other.commit()
+                break
+            except Conflict:
+                other = Ledger(store, "completions")
+        deadline = time.monotonic() + 10
+        while not ledger._fenced:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ledger.commit()
+
+
+def test_a_ledger_says_the_same_with_and_without_snapshots(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tasks.ledger.SNAPSHOT_ENTRIES", 4)
+    ledger = Ledger(store, "completions")
+    shards = [store.put_table("completions/shards", _table(range(2 * number, 2 * number + 2))) for number in range(21)]
+    for shard in shards:
+        ledger.commit([shard], usage=Usage(requests=2))
+    ledger.commit(lost=[shards[3].path])
+    state = Ledger(store, "completions").read()
+    assert state == ledger.read() and list(state.shards.values()) == shards[:3] + shards[4:]
+    assert (state.entries, state.made, state.usage.requests) == (22, 42, 42)
+    for snapshot in Path(store.path("completions/ledger")).glob("snapshot-*"):
+        snapshot.unlink()
+    assert Ledger(store, "completions").read() == state
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(Down, match="Make room"):
+        store.put("a", b"1")
+    assert list(Path(store.root).iterdir()) == [], "no part of it is left"

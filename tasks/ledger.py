@@ -1,0 +1,185 @@
+"""The numbered ledger: which shards of a stage count.
+
+A shard counts when an entry names it; entry n is created only if there is no entry n, so there is one writer and a stale one is fenced
+out. Nothing is found by listing: readers probe the next number, from the newest snapshot on. A writer that has nothing to commit commits
+that; one whose ledger has not moved for its lease is dead, on the clock of whoever waits to take over.
+"""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster.errors import SpecmillError, UserError
+from cluster.serving import Usage
+from tasks.progress import say
+from tasks.store import Conflict, Corrupt, Down, Shard, Store
+
+SNAPSHOT_ENTRIES = 64
+"""Snapshot m holds what entries 0 to 64 m - 1 say, and is written before entry 64 m is."""
+
+
+@dataclass
+class State:
+    """What the entries so far say. `made` rows cost `usage`; the last entry is `writer`'s, who has not `ended` and renews its `lease`."""
+
+    entries: int = 0
+    shards: dict[str, Shard] = field(default_factory=dict)
+    made: int = 0
+    usage: Usage = field(default_factory=Usage)
+    writer: str = ""
+    ended: bool = True
+    lease: float = 0.0
+
+    def apply(self, entry: dict[str, Any]) -> None:
+        """Takes the next entry."""
+        named = [Shard(**shard) for shard in entry["shards"]]
+        self.shards |= {shard.path: shard for shard in named}
+        for path in entry["lost"]:
+            self.shards.pop(path, None)
+        usage = Usage(**entry["usage"])
+        if usage.requests:
+            self.made += sum(shard.rows for shard in named)
+            self.usage += usage
+        self.writer, self.ended, self.lease = entry["writer"], entry["ended"], entry["lease"]
+        self.entries += 1
+
+
+class Ledger:
+    """The ledger of one stage: `<stage>/ledger/<n>.json`. A key belongs to the first shard that holds it."""
+
+    def __init__(self, store: Store, stage: str) -> None:
+        self.store, self.stage = store, stage
+        self.writer = uuid.uuid4().hex
+        self._state: State | None = None
+        self._lease = 0.0
+        self._moved = 0.0
+        self._lock = threading.Lock()
+        self._fenced: SpecmillError | None = None
+
+    def read(self) -> State:
+        """Everything that is committed.
+
+        From here on `commit` continues after the last entry seen: what another run commits meanwhile fences this one out.
+        """
+        state, snapshot = State(), self._newest_snapshot()
+        if snapshot:
+            content = self._json(self._snapshot(snapshot))
+            shards = {shard["path"]: Shard(**shard) for shard in content.pop("shards")}
+            state = State(**content | {"shards": shards, "usage": Usage(**content["usage"])})
+        self._state = state
+        self._catch_up()
+        return state
+
+    def shards(self) -> list[Shard]:
+        """Shards that count: named by an entry, and not declared lost by a later one."""
+        return list(self.read().shards.values())
+
+    def commit(self, shards: Iterable[Shard] = (), lost: Iterable[str] = (), usage: Usage | None = None, ended: bool = False) -> None:
+        """Appends one entry; `usage` is what its shards cost.
+
+        Raises Conflict when another writer was faster: this one has lost its turn and must stop.
+        """
+        with self._lock:
+            if self._fenced:
+                raise self._fenced
+            state = self._state or self.read()
+            if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
+                content = asdict(state) | {"shards": [asdict(shard) for shard in state.shards.values()]}
+                self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())
+            entry = {
+                "version": 1,
+                "stage": self.stage,
+                "writer": self.writer,
+                "lease": self._lease,
+                "ended": ended,
+                "shards": [asdict(shard) for shard in shards],
+                "lost": list(lost),
+                "usage": asdict(usage or Usage()),
+                "time": time.time(),
+            }
+            try:
+                self.store.put(self._entry(state.entries), json.dumps(entry, indent=1).encode())
+            except Conflict:
+                self._fenced = Conflict(
+                    f"{self.stage}: another run writes to {self.store.root}; this one stops. Start it again when the other has ended."
+                )
+                raise self._fenced from None
+            state.apply(entry)
+            self._moved = time.monotonic()
+
+    @contextmanager
+    def writing(self, lease: float) -> Iterator[None]:
+        """Claims the ledger for as long as the block runs. Raises UserError when another run that lives has claimed it."""
+        state = self._state or self.read()
+        if not state.ended and state.writer != self.writer:
+            self._wait_for_death(state, max(lease, state.lease))
+        self._lease = lease
+        self.commit()
+        over = threading.Event()
+        renewal = threading.Thread(target=self._renew, args=(over,), daemon=True)
+        renewal.start()
+        lost = False
+        try:
+            yield
+        except (Conflict, Down):
+            lost = True
+            raise
+        finally:
+            over.set()
+            renewal.join()
+            if not lost and not self._fenced:
+                self.commit(ended=True)
+
+    def _wait_for_death(self, state: State, lease: float) -> None:
+        say(f"  {self.stage}: an earlier run did not end; waiting {lease:.0f} s to see whether it still lives")
+        seen, deadline = state.entries, time.monotonic() + lease
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, lease / 10))
+            self._catch_up()
+            if state.entries > seen:
+                raise UserError(
+                    f"another run is writing to {self.store.root} ({self.stage}: {seen + 1} entries and more). "
+                    "Wait until it has ended, stop it, or choose another root."
+                )
+
+    def _renew(self, over: threading.Event) -> None:
+        """Commits that there is nothing to commit, three times a lease. What goes wrong is told by the next commit of the run itself."""
+        while not over.wait(self._lease / 10):
+            if time.monotonic() - self._moved > self._lease / 3:
+                try:
+                    self.commit()
+                except SpecmillError as error:
+                    self._fenced = error
+                    return
+
+    def _catch_up(self) -> None:
+        state = self._state or State()
+        while (entry := self.store.read_json(self._entry(state.entries))) is not None:
+            try:
+                state.apply(entry)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise Corrupt(f"{self._entry(state.entries)}: no ledger entry of this version of Specmill ({error!r}).") from error
+
+    def _newest_snapshot(self) -> int:
+        """The number of the newest snapshot, 0 if there is none. They have no gaps, so it is found in logarithmically many questions."""
+        low, high = 0, 1
+        while self.store.exists(self._snapshot(high)):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.store.exists(self._snapshot(middle)) else (low, middle)
+        return low
+
+    def _json(self, path: str) -> dict[str, Any]:
+        return dict(self.store.read_json(path))
+
+    def _entry(self, number: int) -> str:
+        return f"{self.stage}/ledger/{number:08d}.json"
+
+    def _snapshot(self, number: int) -> str:
+        return f"{self.stage}/ledger/snapshot-{number:06d}.json"

@@ -1,0 +1,279 @@
+"""The store on S3: a real server on loopback, reached directly and through a proxy that fails.
+
+Nothing here is a stand-in but the address: credentials, conditional writes, checksums and restarts are the server's own.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+import yaml
+from faulty_proxy import Proxy, faulty_proxy, reset, status
+
+from cluster.errors import UserError
+from flows.inspect import problems
+from tasks import store as store_module
+from tasks.ledger import Ledger
+from tasks.store import Conflict, Down, Store
+
+pytestmark = pytest.mark.slow
+SPECS = Path(__file__).parent.parent / "specs"
+KEY, SECRET = "testkey", "testsecret123"
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+class Server:
+    """SeaweedFS with one bucket per test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ports = folder, [_free_port() for _ in range(5)]
+        identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin:test-*"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def port(self) -> int:
+        return self.ports[0]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        s3, filer, master, volume, admin = self.ports
+        options = {
+            "dir": self.folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "master.telemetry": "false", "webdav": "false",
+            "admin.ui": "false", "s3.port": s3, "filer.port": filer, "master.port": master, "volume.port": volume, "admin.port": admin,
+            "s3.port.iceberg": 0, "s3.port.lance": 0, "s3.iam": "false", "s3.config": self.folder / "s3.json",
+            "master.volumeSizeLimitMB": 64,
+        }  # fmt: skip
+        command = [str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "mini"]
+        command += [f"-{name}={value}" for name, value in options.items()]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fsspec.filesystem("s3", key=KEY, secret=SECRET, endpoint_url=self.url, skip_instance_cache=True).ls("")
+                return
+            except Exception:
+                assert time.monotonic() < deadline, (self.folder / "log").read_text()[-2000:]
+                time.sleep(0.3)
+
+    def kill(self) -> None:
+        assert self.process
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _free_port() -> int:
+    """A port whose twin 10000 above, which SeaweedFS takes for gRPC, exists."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            if port < 55000:
+                return port
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("weed"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@contextmanager
+def _reached(server: Server, name: str) -> Iterator[str]:
+    """A root on the server in a bucket of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in (("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_DEFAULT_REGION", "us-east-1")):
+            patch.setenv(variable, value)
+        patch.setenv("AWS_ENDPOINT_URL_S3", server.url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        direct = fsspec.filesystem("s3", endpoint_url=server.url, skip_instance_cache=True)
+        direct.mkdir(name)
+        yield f"s3://{name}/root"
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture()
+def root(server: Server, request: pytest.FixtureRequest) -> Iterator[str]:
+    name = request.node.originalname.replace("_", "-")[:40].strip("-")
+    with _reached(server, name) as root:
+        yield root
+
+
+def _table(first: int, count: int) -> pa.Table:
+    return pa.table({"key": [number.to_bytes(16) for number in range(first, first + count)], "quarantined": pa.nulls(count, pa.string())})
+
+
+def test_files_are_created_once_read_replaced_and_removed(root: str) -> None:
+    store = Store(root)
+    store.check_writable()
+    store.put("a/b", b"one")
+    assert store.put("a/b", b"one").bytes == 3, "an attempt whose answer was lost is made again"
+    with pytest.raises(Conflict):
+        store.put("a/b", b"two")
+    store.replace("a/b", b"three")
+    assert store.read("a/b") == b"three" and store.exists("a/b")
+    store.delete("a/b")
+    store.delete("a/b")
+    assert not store.exists("a/b")
+    with pytest.raises(FileNotFoundError):
+        store.read("a/b")
+
+
+def test_one_of_sixteen_writers_wins_an_entry(root: str) -> None:
+    ledgers = [Ledger(Store(root), "completions") for _ in range(16)]
+    for ledger in ledgers:
+        ledger.read()
+
+    def commit(ledger: Ledger) -> bool:
+        try:
+            ledger.commit()
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as threads:
+        assert sum(threads.map(commit, ledgers)) == 1
+    assert Ledger(Store(root), "completions").read().entries == 1
+
+
+def test_a_ledger_of_many_entries_is_read_from_its_newest_snapshot(server: Server, root: str) -> None:
+    ledger = Ledger(Store(root), "completions")
+    shards = [ledger.store.put_table("completions/shards", _table(100 * number, 3)) for number in range(70)]
+    for shard in shards:
+        ledger.commit([shard])
+    for _ in range(100):
+        ledger.commit()
+    with faulty_proxy(server.port, {}) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        state = Ledger(Store(root), "completions").read()
+        assert proxy.seen["passed"] < 60, "the last snapshot holds 128 of 170 entries"
+        assert list(state.shards.values()) == shards and state.entries == 170
+        assert problems(root) == ([], 70)
+
+
+def test_a_wrong_secret_and_a_bucket_of_others_are_the_users_mistake(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="refuses"):
+        Store("s3://not-mine/root").check_writable()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mistyped")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        Store(root).check_writable()
+    assert "mistyped" not in str(caught.value)
+
+
+FAULTS = {"slow down": status(503, SLOW_DOWN, Content_Type="application/xml"), "error 500": status(500), "reset": reset}
+
+
+@contextmanager
+def _faulty(server: Server, share: float, lost: float, root: str) -> Iterator[Proxy]:
+    with faulty_proxy(server.port, FAULTS, share, lost) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield proxy
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_transient_errors_and_lost_answers_are_survived(server: Server, root: str) -> None:
+    with _faulty(server, 0.3, 0.1, root) as proxy:
+        ledger = Ledger(Store(root), "completions")
+        for number in range(20):
+            ledger.commit([ledger.store.put_table("completions/shards", _table(100 * number, 5))])
+        assert all(proxy.seen[name] for name in ("slow down", "error 500", "reset", "lost answer")), proxy.seen
+    assert problems(root) == ([], 20)
+    assert Ledger(Store(root), "completions").read().entries == 20, "no entry is doubled by an attempt whose answer was lost"
+
+
+def test_a_dead_store_stops_with_a_clear_message(server: Server, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 2.0)
+    with _faulty(server, 1.0, 0.0, root), pytest.raises(Down, match=r"does not answer .* start the same command again"):
+        Store(root).put("a", b"1")
+
+
+@pytest.fixture()
+def servers(root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Prefect and Ray, whose workers know where the store is, and that all wait 20 s for it."""
+    import ray
+    from prefect.testing.utilities import prefect_test_harness
+
+    from cluster.session import ray_session
+
+    monkeypatch.setenv("SPECMILL_STORE_SECONDS", "20")
+    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 20.0)
+    with prefect_test_harness(server_startup_timeout=180), ray_session():
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+
+
+def test_a_run_lives_through_a_restart_of_its_store_and_stops_when_it_is_dead(server: Server, root: str, servers: None, tmp_path: Path):
+    """A server that is killed and comes back is waited for; one that does not ends the run, which goes on when it is there again."""
+    from flows.config import RunRequest
+    from flows.regenerate import regenerate
+
+    engine = {"backend": "fake", "engines": 2, "max_num_seqs": 4, "fake": {"latency_seconds": 0.3}}
+    content = {
+        "version": 1,
+        "name": "s3",
+        "root": root,
+        "lease_seconds": 3,
+        "policy": str(SPECS / "policies" / "base"),
+        "prompts": str(SPECS / "prompts"),
+        "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800, "shard_rows": 4},
+        "judge": {"engine": engine, "k": 2},
+        "select": {"threshold": 1},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    request = RunRequest(file=str(file))
+
+    def committed() -> int:
+        return sum(shard.rows for shard in Ledger(Store(root), "completions").shards())
+
+    def at(rows: int, act: Callable[[], None]) -> threading.Thread:
+        """Acts when so many rows more than now are committed."""
+        goal = committed() + rows
+
+        def watch() -> None:
+            while committed() < goal:
+                time.sleep(0.2)
+            act()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        return thread
+
+    def restart() -> None:
+        server.kill()
+        time.sleep(1)
+        server.start()
+
+    killer = at(12, server.kill)
+    with pytest.raises(Down, match="does not answer"):
+        regenerate(request)
+    killer.join()
+    server.start()
+    assert 0 < committed() < 112
+    killer = at(12, restart)
+    dataset = regenerate(request)
+    killer.join()
+    assert dataset.manifest["balance"]["completions"] == 112
+    assert committed() == 112, "what was committed before the store died was not made again"
+    assert problems(root)[0] == []
