@@ -105,6 +105,40 @@ def verify(path: Annotated[str, typer.Argument(help="A root, or a run, dataset, 
         raise SpecmillError(f"{path} does not verify")
 
 
+@app.command()
+def gc(
+    root: Annotated[str, typer.Argument(help="A root that runs write to.")],
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the files. Without it, they are only shown.")] = False,
+    older_than: Annotated[float, typer.Option(help="Leave files alone that are younger than so many hours.")] = 24.0,
+) -> None:
+    """Shows, or removes, files that no ledger and no manifest names: of killed runs, superseded, half written."""
+    from tasks.garbage import garbage
+    from tasks.store import Store
+
+    store, count, size = Store(root), 0, 0
+    for file in garbage(store, 3600 * older_than):
+        typer.echo(f"{file.bytes:>12,}  {file.age / 3600:8.1f} h  {file.path}")
+        count, size = count + 1, size + file.bytes
+        if delete:
+            store.delete(file.path)
+    typer.echo(f"{count} files, {size:,} bytes {'removed' if delete else 'that nothing names; --delete removes them'}")
+
+
+@app.command()
+def delete(
+    root: Annotated[str, typer.Argument(help="A root that runs write to.")],
+    prompt: Annotated[str, typer.Option(help="Id of the prompt.")],
+) -> None:
+    """Takes a prompt, and all rows that came from it, out of a root for good. The next run makes a dataset version without it."""
+    from tasks.store import Store
+    from tasks.tombstones import delete_prompt
+
+    done = delete_prompt(Store(root), prompt)
+    typer.echo(f"{prompt}: " + (", ".join(f"{count} rows of {stage}" for stage, count in done.rows.items()) or "no rows") + " taken out")
+    for holder in done.holders:
+        typer.echo(f"  still holds it: {holder} (never changed; remove the folder when nothing needs it)")
+
+
 @spec_app.command()
 def lint(path: Annotated[str, typer.Argument(help="Policy bundle.")] = POLICY) -> None:
     """Checks a policy bundle; errors name file, category, clause and field."""

@@ -25,7 +25,7 @@ def read_manifest(path: str) -> dict[str, Any]:
 def describe(path: str, manifest: dict[str, Any]) -> str:
     """A manifest for people: what it is, where it came from, the funnel."""
     lines = [f"{manifest['kind']} {manifest.get('name', '')}{'@' if 'name' in manifest else ''}{manifest['id']}  ({path})"]
-    for name in ("rows", "balance", "dataset", "checkpoints", "evaluations", "stages"):
+    for name in ("rows", "balance", "parent", "dataset", "checkpoints", "evaluations", "stages"):
         if name in manifest:
             lines.append(f"{name}: {json.dumps(manifest[name])}")
     lines.append("lineage:")

@@ -24,6 +24,7 @@ from tasks.progress import say
 from tasks.prompt_set import PromptSet, load_prompts
 from tasks.prompts import Prompt, Split
 from tasks.store import Shard, Store
+from tasks.tombstones import deleted_prompts
 from tasks.wanted import Wanted
 from tasks.work import Pairs
 
@@ -128,7 +129,7 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     policy = load_policy(config.policy)
     store = Store(config.root)
     store.check_writable()
-    prompts = load_prompts(store, config.prompts, policy)
+    prompts = load_prompts(store, config.prompts, policy, deleted_prompts(store))
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)

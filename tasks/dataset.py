@@ -17,9 +17,10 @@ from cluster.errors import SpecmillError
 from tasks import tables
 from tasks.keys import digest
 from tasks.keyset import column_keys
+from tasks.ledger import Ledger
 from tasks.prompt_set import PromptSet
 from tasks.select import Candidates, funnel, funnel_markdown
-from tasks.store import Store
+from tasks.store import Shard, Store
 from tasks.wanted import Wanted
 
 FILE_ROWS = 65536
@@ -68,8 +69,10 @@ def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: 
     rows = _content(store, wanted, found)
     version = digest([rows, {key: value for key, value in provenance.items() if key != "code"}])[:12]
     path = f"datasets/{name}/{version}"
+    versions = Ledger(store, f"datasets/{name}")
     known = store.read_json(f"{path}/manifest.json")
     if known and all(store.exists(f"{path}/{file['path']}") for file in known["files"]):
+        _register(versions, path, kept=known["rows"])
         return Dataset(name, version, path, known, reused=True)
     files: list[dict[str, Any]] = []
     verdicts: Counter[str] = Counter()
@@ -88,12 +91,29 @@ def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: 
         "rows": kept,
         "files": files,
         "funnel": funnel(found),
+        "prompt_set": prompts.path,
+        "parent": _newest(versions),
         "balance": {"completions": total, "kept": kept, "dropped": total - kept},
         "provenance": provenance,
     }
     store.replace(f"{path}/README.md", _card(manifest, verdicts).encode())
     store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+    _register(versions, path, kept)
     return Dataset(name, version, path, manifest, reused=False)
+
+
+def _register(versions: Ledger, path: str, kept: int) -> None:
+    """Makes a version the newest one in the ledger of the dataset's versions."""
+    file = f"{path}/manifest.json"
+    if _newest(versions) != path.rpartition("/")[2]:
+        content = versions.store.read(file)
+        versions.commit([Shard(file, len(content), hashlib.sha256(content).hexdigest(), rows=kept, quarantined=0)])
+
+
+def _newest(versions: Ledger) -> str | None:
+    """The version that was published last."""
+    published = versions.shards()
+    return published[-1].path.split("/")[-2] if published else None
 
 
 def _content(store: Store, wanted: Wanted, found: Candidates) -> str:

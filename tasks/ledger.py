@@ -38,9 +38,9 @@ class State:
     def apply(self, entry: dict[str, Any]) -> None:
         """Takes the next entry."""
         named = [Shard(**shard) for shard in entry["shards"]]
-        self.shards |= {shard.path: shard for shard in named}
-        for path in entry["lost"]:
+        for path in [*entry["lost"], *(shard.path for shard in named)]:
             self.shards.pop(path, None)
+        self.shards |= {shard.path: shard for shard in named}
         usage = Usage(**entry["usage"])
         if usage.requests:
             self.made += sum(shard.rows for shard in named)
@@ -80,7 +80,7 @@ class Ledger:
         return list(self.read().shards.values())
 
     def commit(self, shards: Iterable[Shard] = (), lost: Iterable[str] = (), usage: Usage | None = None, ended: bool = False) -> None:
-        """Appends one entry; `usage` is what its shards cost.
+        """Appends one entry; `usage` is what its shards cost. Outside of `writing`, the ledger is not claimed for longer than that.
 
         Raises Conflict when another writer was faster: this one has lost its turn and must stop.
         """
@@ -96,7 +96,7 @@ class Ledger:
                 "stage": self.stage,
                 "writer": self.writer,
                 "lease": self._lease,
-                "ended": ended,
+                "ended": ended or not self._lease,
                 "shards": [asdict(shard) for shard in shards],
                 "lost": list(lost),
                 "usage": asdict(usage or Usage()),

@@ -87,15 +87,18 @@ class PromptSet:
         return [CapabilityRow.model_validate(row) for row in rows]
 
 
-def load_prompts(store: Store, source: Path | str, policy: Policy) -> PromptSet:
-    """Reads a JSONL file or a directory of them. Raises UserError when there is no file or not one usable prompt."""
+def load_prompts(store: Store, source: Path | str, policy: Policy, deleted: frozenset[str] = frozenset()) -> PromptSet:
+    """Reads a JSONL file or a directory of them. Raises UserError when there is no file or not one usable prompt.
+
+    Prompts whose hashes are in `deleted` are quarantined.
+    """
     files = source_files(source)
     checked = {name: [clause.verdict, clause.generate] for name, (_, clause) in policy.clauses.items()}
     content = [[str(file), _file_hash(file)] for file in files]
-    path = f"prompts/{digest([FORMAT_VERSION, content, checked, sorted(policy.categories)])[:12]}"
+    path = f"prompts/{digest([FORMAT_VERSION, content, checked, sorted(policy.categories), sorted(deleted)])[:12]}"
     manifest = store.read_json(f"{path}/manifest.json")
     if manifest is None:
-        writer = _Writer(store, path, policy)
+        writer = _Writer(store, path, policy, deleted)
         rows = read_rows(files, policy)
         while batch := list(islice(rows, BATCH_ROWS)):
             writer.add(batch)
@@ -107,8 +110,8 @@ def load_prompts(store: Store, source: Path | str, policy: Policy) -> PromptSet:
 class _Writer:
     """Takes rows in batches, puts the good ones into parts and the others aside."""
 
-    def __init__(self, store: Store, path: str, policy: Policy) -> None:
-        self.store, self.path, self.policy = store, path, policy
+    def __init__(self, store: Store, path: str, policy: Policy, deleted: frozenset[str]) -> None:
+        self.store, self.path, self.policy, self.deleted = store, path, policy, deleted
         self.never = {name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"}
         self.reserved: set[str] = set()
         self.files: dict[str, list[Shard]] = defaultdict(list)
@@ -124,6 +127,8 @@ class _Writer:
         for file, line, item in batch:
             if isinstance(item, str):
                 self._quarantine(file, line, item)
+            elif prompt_hash(item.messages) in self.deleted:
+                self._quarantine(file, line, "deleted by request")
             else:
                 good.append((file, line, item))
         for known, name, reason in (

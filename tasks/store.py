@@ -139,6 +139,17 @@ class Store:
         found = self._trying(lambda: self.fs.glob(self.path(pattern)), pattern)
         return sorted(str(path).removeprefix(f"{self.base}/") for path in found)
 
+    def files(self, folder: str) -> Iterator[tuple[str, int, float]]:
+        """Every file below a folder: path, bytes, and when it was written, in seconds since 1970 on the store's clock."""
+        try:
+            found = self._trying(lambda: self.fs.find(self.path(folder), detail=True), folder)
+        except FileNotFoundError:
+            return
+        for path, about in sorted(found.items()):
+            changed = about.get("mtime") or about.get("LastModified")
+            seconds = changed if isinstance(changed, float) else changed.timestamp()
+            yield str(path).removeprefix(f"{self.base}/"), int(about["size"]), seconds
+
     def read_json(self, path: str) -> Any:
         """The content of a JSON file, or None when there is no such file. Raises Corrupt when it is not JSON."""
         try:

@@ -25,6 +25,8 @@ CAPABILITY = pa.schema(
 
 QUARANTINED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string())])
 
+TOMBSTONES = pa.schema([("key", KEY), ("prompt_hash", pa.string()), ("quarantined", pa.string())])
+
 COMPLETIONS = pa.schema(
     [
         ("key", KEY),

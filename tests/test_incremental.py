@@ -12,10 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.errors import UserError
 from flows.config import RunRequest
 from flows.inspect import problems
 from flows.plan import Estimate, Line, describe_plan, plan
 from flows.workspace import prepare
+from tasks.garbage import garbage
+from tasks.ledger import Ledger
+from tasks.store import Store
+from tasks.tombstones import delete_prompt
 
 pytestmark = pytest.mark.slow
 SPECS = Path(__file__).parent.parent / "specs"
@@ -122,13 +127,15 @@ def add_prompts(folder: Path) -> None:
 
 @pytest.mark.parametrize(("edit", "reason", "rows"), [(edit_clause, "spec changed", 32), (add_prompts, "new prompt", 8)])
 def test_an_edit_touches_exactly_what_it_concerns(folder: Path, edit: Callable[[Path], None], reason: str, rows: int) -> None:
-    regenerate(folder)
+    parent = regenerate(folder)
     before = asked(folder, "completions"), asked(folder, "judgements")
     edit(folder)
     lines = planned(folder)
     assert set(lines) == {("complete", "violence"), ("judge", "violence")}
     assert lines["complete", "violence"].reasons == {reason: rows}
-    regenerate(folder)
+    dataset = regenerate(folder)
+    assert (dataset.manifest["parent"], dataset.version != parent.version) == (parent.version, True)
+    assert problems(str(folder / "root" / parent.path)) == ([], len(parent.manifest["files"])), "the old version stays readable"
     assert asked(folder, "completions") - before[0] == rows
     assert asked(folder, "judgements") - before[1] == 2 * rows
     assert planned(folder) == {}
@@ -139,3 +146,43 @@ def test_the_plan_is_told_in_words(folder: Path) -> None:
     assert "more samples" in text and "prompt tokens" in text and "minutes on 2 engines" in text
     assert "nothing was made under this root" in describe_plan([], [Estimate("completions", 5, None, 1)])
     assert "nothing to do" in describe_plan([], [Estimate("completions", 0, None, 1)])
+
+
+def test_gc_removes_what_nothing_names_and_nothing_else(folder: Path) -> None:
+    regenerate(folder)
+    root = folder / "root"
+    store = Store(str(root))
+    store.put("completions/shards/of-a-killed-run.parquet", b"1")
+    store.put("judgements/shards/.half-written", b"1")
+    store.put("datasets/incremental/unfinished/data/x.parquet", b"1")
+    assert list(garbage(store, older_than=3600)) == [], "they are young"
+    found = [file.path for file in garbage(store, older_than=0)]
+    names = {path.rpartition("/")[2] for path in found if not path.startswith("prompts/")}
+    assert names == {"of-a-killed-run.parquet", ".half-written", "x.parquet"}
+    for path in found:
+        store.delete(path)
+    before = asked(folder, "completions"), asked(folder, "judgements")
+    assert regenerate(folder).reused and (asked(folder, "completions"), asked(folder, "judgements")) == before
+
+
+def test_gc_stands_back_while_a_run_writes(folder: Path) -> None:
+    store = Store(str(folder / "root"))
+    with Ledger(store, "completions").writing(3), pytest.raises(UserError, match="another run"):
+        list(garbage(store, older_than=0))
+
+
+def test_a_deleted_prompt_is_gone_from_every_row_and_stays_away(folder: Path) -> None:
+    name = next(iter(prepare(request(folder)).prompts.prompts("sft"))).id
+    parent, before = regenerate(folder), (asked(folder, "completions"), asked(folder, "judgements"))
+    store = Store(str(folder / "root"))
+    done = delete_prompt(store, name)
+    assert done.rows["completions"] >= 2 and done.rows["judgements"] >= 4 and parent.path in done.holders
+    dataset = regenerate(folder)
+    assert (asked(folder, "completions"), asked(folder, "judgements")) == before, "nothing is made again"
+    assert dataset.manifest["parent"] == parent.version
+    assert dataset.manifest["balance"]["completions"] == parent.manifest["balance"]["completions"] - 2
+    for shard in [*Ledger(store, "completions").shards(), *Ledger(store, "judgements").shards()]:
+        assert name not in store.read_table(shard.path, ["prompt_id"])["prompt_id"].to_pylist()
+    assert delete_prompt(store, name).rows["completions"] == 0, "doing it again does nothing"
+    with pytest.raises(UserError, match="no prompt with the id"):
+        delete_prompt(store, "never-heard-of")

@@ -1,0 +1,61 @@
+"""`specmill gc`: finds the files under a root that no ledger and no manifest names: shards of killed runs, superseded ones, half a dataset.
+
+The only module that lists. It claims the ledgers while it looks, so no run commits what it is about to remove, and it leaves young files
+alone: a training run or a publication under way is named by nothing yet.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.ledger import Ledger
+from tasks.store import Store
+
+FOLDERS = ("completions", "judgements", "rollouts", "tombstones", "prompts", "datasets", "checkpoints", "evaluations")
+"""What is looked through; everything else under a root is somebody else's."""
+MANIFESTS = ("datasets/*/*", "checkpoints/*", "evaluations/*")
+LEASE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file that nothing names. `age` in seconds."""
+
+    path: str
+    bytes: int
+    age: float
+
+
+def garbage(store: Store, older_than: float) -> Iterator[Garbage]:
+    """Files that nothing names and that are at least so many seconds old. Raises UserError when a run is writing to the root."""
+    with ExitStack() as claimed:
+        named = set()
+        for stage in stages(store):
+            ledger = Ledger(store, stage)
+            claimed.enter_context(ledger.writing(LEASE_SECONDS))
+            named |= {shard.path for shard in ledger.shards()}
+        for pattern in MANIFESTS:
+            for file in store.glob(f"{pattern}/manifest.json"):
+                folder = file.removesuffix("/manifest.json")
+                manifest = store.read_json(file)
+                named |= {file, f"{folder}/README.md", *_inside(folder, manifest)}
+                prompts = manifest.get("prompt_set")
+                if prompts:
+                    named |= {f"{prompts}/manifest.json", *_inside(prompts, store.read_json(f"{prompts}/manifest.json"))}
+        now = time.time()
+        for folder in FOLDERS:
+            for path, size, changed in store.files(folder):
+                if path not in named and "/ledger/" not in path and now - changed >= older_than:
+                    yield Garbage(path, size, now - changed)
+
+
+def _inside(folder: str, manifest: dict[str, Any]) -> list[str]:
+    """The files that a manifest names."""
+    return [f"{folder}/{entry['path']}" for entry in manifest["files"]]
+
+
+def stages(store: Store) -> list[str]:
+    """Everything that has a ledger."""
+    return [file.removesuffix("/ledger/00000000.json") for depth in ("*", "*/*") for file in store.glob(f"{depth}/ledger/00000000.json")]
