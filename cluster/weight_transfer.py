@@ -10,14 +10,15 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # engines without torch and commands that only look start three seconds sooner
+    from torch import Tensor
 
 BACKEND = "file"
 
 
-def write_weights(path: str | Path, named_weights: Iterable[tuple[str, Tensor]], rank: int = 0) -> None:
+def write_weights(path: str | Path, named_weights: Iterable[tuple[str, "Tensor"]], rank: int = 0) -> None:
     """Publishes weights as one safetensors file, by rename: a reader sees all of them or the file that was there before.
 
     All ranks of a trainer call it with `TrainingEngine.named_weights()`, which gathers weight by weight; rank 0 keeps and
@@ -40,7 +41,7 @@ def write_weights(path: str | Path, named_weights: Iterable[tuple[str, Tensor]],
         unfinished.unlink(missing_ok=True)
 
 
-def _read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_weights(path: Path) -> Iterator[tuple[str, "Tensor"]]:
     """The weights of a safetensors file, or of all such files of a checkpoint directory."""
     from safetensors import safe_open
 
