@@ -17,6 +17,8 @@ from cluster.errors import SpecmillError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 spec_app = typer.Typer(no_args_is_help=True, help="Check and show a policy bundle.")
 app.add_typer(spec_app, name="spec")
+prompts_app = typer.Typer(no_args_is_help=True, help="Check the prompts of a run.")
+app.add_typer(prompts_app, name="prompts")
 
 POLICY = "specs/policies/base"
 
@@ -162,6 +164,25 @@ def render(
     from tasks.policy import render as render_spec
 
     typer.echo(render_spec(load_policy(path), category, mode).text)
+
+
+@prompts_app.command()
+def check(
+    file: Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")],
+    root: Annotated[str | None, typer.Option(help="Write the prompt set here instead of under the run file's root.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")] = None,
+) -> None:
+    """Reads the prompts of a run file: rows of each source, prompts by category and split, what was quarantined, what resembles what."""
+    from flows.config import RunRequest, load_run
+    from flows.prompt_check import describe_prompts
+    from tasks.policy import load_policy
+    from tasks.prompt_set import load_prompts
+    from tasks.store import Store
+
+    config = load_run(RunRequest(file=file, root=root, changes=set_ or []))
+    store = Store(config.root)
+    store.check_writable()
+    typer.echo(describe_prompts(load_prompts(store, config.prompts, load_policy(config.policy), config.overlap)))
 
 
 def main() -> None:

@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.errors import UserError
 from tasks.complete import GenerateConfig
+from tasks.duplicates import OverlapConfig
 from tasks.evaluate import EvaluateConfig
 from tasks.gates import GateConfig
 from tasks.judge import JudgeConfig
 from tasks.rl import RlConfig
 from tasks.select import SelectConfig
 from tasks.sft import UNIMPORTANT, SftConfig
+from tasks.sources import Source, Sources, located
 from tasks.validation import Strict, parse, read_yaml
 
 
@@ -29,7 +31,15 @@ class RunConfig(Strict):
     root: str = Field("./out", title="Root", description="Where everything is written: a directory.")
     lease_seconds: float = Field(30, gt=0, title="Lease", description="A run whose ledger has not moved for so long is taken to be dead.")
     policy: str = Field("specs/policies/base", title="Policy", description="Policy bundle, relative to the run file that names it.")
-    prompts: str = Field("specs/prompts", title="Prompts", description="JSONL file or directory, relative to the file that names it.")
+    prompts: Sources = Field(
+        (Source(path="specs/prompts"),),
+        min_length=1,
+        title="Prompts",
+        description="Path of files, a source with a mapping, or a list of these.",
+    )
+    overlap: OverlapConfig = Field(
+        OverlapConfig(), title="Overlap", description="Rows that resemble others, or what models are evaluated on."
+    )
     generate: GenerateConfig = Field(GenerateConfig(), title="Generate")
     gates: GateConfig = Field(GateConfig(), title="Gates")
     judge: JudgeConfig = Field(JudgeConfig(), title="Judge")
@@ -40,7 +50,7 @@ class RunConfig(Strict):
 
     def parameters(self) -> dict[str, Any]:
         """What the run computes. Where and by how many workers it is computed, and how it is called, is left out."""
-        content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "policy", "prompts"})
+        content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "policy", "prompts", "overlap"})
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
         for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"}), ("sft", UNIMPORTANT), ("rl", UNIMPORTANT)):
@@ -88,7 +98,8 @@ def load_run(request: RunRequest) -> RunConfig:
     return config.model_copy(
         update={
             "policy": os.path.abspath(config.policy),
-            "prompts": os.path.abspath(config.prompts),
+            "prompts": _absolute(config.prompts),
+            "overlap": config.overlap.model_copy(update={"benchmarks": _absolute(config.overlap.benchmarks)}),
             "root": config.root if "://" in config.root else os.path.abspath(config.root),
         }
     )
@@ -97,10 +108,16 @@ def load_run(request: RunRequest) -> RunConfig:
 def _located(path: Path) -> dict[str, Any]:
     """The content of a run file, its policy and prompts taken from where the file lies."""
     content = read_yaml(path)
-    for name in ("policy", "prompts"):
-        if isinstance(content.get(name), str):
-            content[name] = str(path.resolve().parent / os.path.expanduser(content[name]))
+    overlap = content.get("overlap")
+    for group, name in ((content, "policy"), (content, "prompts"), (overlap, "benchmarks")):
+        if isinstance(group, dict) and name in group:
+            group[name] = located(group[name], lambda place: str(path.resolve().parent / os.path.expanduser(place)))
     return content
+
+
+def _absolute(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Sources whose paths hold wherever they are read from."""
+    return tuple(Source.model_validate(located(source.model_dump(exclude_unset=True), os.path.abspath)) for source in sources)
 
 
 def _name_evaluated_model(content: dict[str, Any]) -> None:
@@ -125,6 +142,8 @@ def _with_parent(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     inherited = _located(path.parent / parent)
     if "extends" in inherited:
         raise UserError(f"{path}: extends: {parent} extends another file itself; one parent is allowed.")
+    if "prompts" in content:
+        inherited.pop("prompts", None)  # a mapping fits the source that it was written for, not another one
     return _merge(inherited, content)
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from cluster.engine import EngineConfig
 from cluster.serving import Usage
+from flows.terminal import aligned
 from flows.workspace import Workspace, survey
 from tasks import complete, judge
 from tasks.complete import Request
@@ -64,7 +65,7 @@ def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate]) -> str:
     for line in lines:
         why = ", ".join(f"{count} {reason}" for reason, count in line.reasons.most_common())
         rows.append([line.stage, line.category, str(line.wanted), str(line.reused), str(line.to_do), why])
-    return "\n".join([*_table(rows), "", *map(_sentence, estimates)])
+    return "\n".join([*aligned(rows), "", *map(_sentence, estimates)])
 
 
 def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line]:
@@ -160,8 +161,3 @@ def _sentence(estimate: Estimate) -> str:
         f"{estimate.stage}: {estimate.rows} rows, about {cost.prompt_tokens:,} prompt tokens ({cost.cached_tokens:,} cached) and "
         f"{cost.completion_tokens:,} to draw, {minutes:,.1f} minutes on {estimate.engines} engines at the speed so far"
     )
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -129,7 +129,7 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     policy = load_policy(config.policy)
     store = Store(config.root)
     store.check_writable()
-    prompts = load_prompts(store, config.prompts, policy, deleted_prompts(store))
+    prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
@@ -159,7 +159,7 @@ def _check(run: Workspace) -> None:
         if category not in run.policy.categories:
             raise UserError(f"select.category_threshold: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
     if not run.prompts.size("sft"):
-        raise UserError(f"{config.prompts}: not one scenario group falls to the split 'sft'. Add scenario groups.")
+        raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'sft'. Add scenario groups.")
 
 
 def _check_training(run: Workspace) -> None:
@@ -173,7 +173,7 @@ def _check_training(run: Workspace) -> None:
         wanted = config.rl.prompts_per_step
         raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. {few}")
     if not run.prompts.size("eval"):
-        raise UserError(f"{config.prompts}: not one scenario group falls to the split 'eval'. Add scenario groups.")
+        raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
     limits: dict[Split, int] = {"rl": config.rl.max_tokens, "eval": config.evaluate.max_tokens}
     for split, limit in limits.items():
@@ -194,6 +194,10 @@ def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
         say(f"  quarantined {row['file']}:{row['line']}: {row['reason']}")
     if counts["quarantined"] > len(shown):
         say(f"  and {counts['quarantined'] - len(shown)} more: {workspace.store.path(workspace.prompts.path)}/quarantined")
+    overlap = workspace.prompts.manifest["overlap"]
+    if overlap["near_duplicates"] or overlap["contaminated"]:
+        found = f"{overlap['near_duplicates']} near-duplicates, {overlap['contaminated']} like evaluation prompts"
+        say(f"  overlap: {found}, {overlap['dropped']} dropped (`specmill prompts check` shows them)")
     stack.enter_context(ray_session())
     for pool in {id(pool): pool for pool in (workspace.generator, workspace.judge, workspace.policy_engine)}.values():
         stack.enter_context(pool)

@@ -1,4 +1,4 @@
-"""Seed prompts: their format, reading them without losing a row, and the split by scenario group.
+"""Seed prompts: their format, checking rows without losing one, and the split by scenario group.
 
 A malformed row never stops a run: the reason takes its place, and `tasks.prompt_set` quarantines and counts it.
 """
@@ -6,13 +6,14 @@ A malformed row never stops a run: the reason takes its place, and `tasks.prompt
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from cluster.errors import UserError
+from tasks.conversations import converted
+from tasks.importing import read_source
 from tasks.policy import CategoryId, Policy, Text, Verdict
+from tasks.sources import SourceFile
 from tasks.validation import Strict, describe
 
 Cell = Literal["violation", "borderline", "benign", "transformation"]
@@ -81,41 +82,43 @@ def prompt_hash(messages: Iterable[Message]) -> str:
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def source_files(source: Path | str) -> list[Path]:
-    """The JSONL files that a path names: itself, or those in a directory. Raises UserError when there is none."""
-    root = Path(source)
-    files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(f"{root}: no such prompt file, or a directory without *.jsonl files.")
-    return files
-
-
-def read_rows(files: Iterable[Path], policy: Policy) -> Iterator[tuple[Path, int, Prompt | CapabilityRow | str]]:
-    """File, line number, and the row, or the reason why it is none."""
+def read_rows(files: Iterable[SourceFile], policy: Policy) -> Iterator[tuple[SourceFile, int, Prompt | CapabilityRow | str]]:
+    """File, line or row number, and the row, or the reason why it is none."""
     for file in files:
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    yield file, number, _row(raw, policy)
+        for number, row in read_source(file):
+            yield file, number, row if isinstance(row, str) else _checked(row, file, policy)
 
 
-def _row(raw: bytes, policy: Policy) -> Prompt | CapabilityRow | str:
+def read_conversations(file: SourceFile) -> Iterator[tuple[int, Conversation | str]]:
+    """Line or row number, and the conversation of a file whose rows need no labels, or the reason why it is none."""
+    for number, row in read_source(file):
+        yield number, row if isinstance(row, str) else _checked(row, file, None)
+
+
+@overload
+def _checked(row: dict[str, Any], file: SourceFile, policy: Policy) -> Prompt | CapabilityRow | str: ...
+@overload
+def _checked(row: dict[str, Any], file: SourceFile, policy: None) -> Conversation | str: ...
+def _checked(row: dict[str, Any], file: SourceFile, policy: Policy | None) -> Conversation | str:
     try:
-        row = json.loads(raw.decode("utf-8"))
-        return _parse(row, policy) if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 at byte {error.start}"
-    except (json.JSONDecodeError, RecursionError) as error:
-        return f"not JSON: {error}"
+        fields = converted(row, file.source, file.left_out)
+        if policy is None:
+            fields = {name: fields[name] for name in Conversation.model_fields if name in fields}
+        if "id" not in fields and file.source.columns.named:
+            turns = [Message.model_validate(turn) for turn in fields["messages"]]
+            fields["id"] = f"{file.name}-{prompt_hash(turns)[:16]}"
+        return Conversation.model_validate(fields) if policy is None else _parse(fields, file, policy)
     except ValidationError as error:
         return "; ".join(line.removeprefix("row: ") for line in describe(error, "row"))
     except ValueError as error:
         return str(error)
 
 
-def _parse(row: dict[str, Any], policy: Policy) -> Prompt | CapabilityRow:
+def _parse(row: dict[str, Any], file: SourceFile, policy: Policy) -> Prompt | CapabilityRow:
     if "skill" in row:
         return CapabilityRow.model_validate(row)
+    if file.source.columns.named:
+        row.setdefault("group", row["id"])
     prompt = Prompt.model_validate(row)
     if prompt.category not in policy.categories:
         raise ValueError(f"category: {prompt.category!r} is not in the policy")

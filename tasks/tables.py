@@ -27,6 +27,19 @@ QUARANTINED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason",
 
 TOMBSTONES = pa.schema([("key", KEY), ("prompt_hash", pa.string()), ("quarantined", pa.string())])
 
+OVERLAP = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("id", pa.string()),
+        ("similarity", pa.float64()),
+        ("resembles", pa.string()),
+        ("at", pa.string()),
+        ("dropped", pa.bool_()),
+    ]
+)
+
 COMPLETIONS = pa.schema(
     [
         ("key", KEY),

@@ -31,7 +31,8 @@ from tasks import rl, thoughts
 from tasks.compose import plain_turns
 from tasks.ledger import Ledger
 from tasks.policy import load_policy
-from tasks.prompts import Prompt, read_rows, source_files
+from tasks.prompts import Prompt, read_rows
+from tasks.sources import source_files
 from tasks.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.chain]

@@ -13,6 +13,7 @@ import yaml
 from cluster.errors import UserError
 from flows.config import RunConfig, RunRequest, load_run
 from flows.workspace import prepare
+from tasks.sources import Source
 
 RUNS = Path("specs/runs")
 
@@ -21,7 +22,7 @@ RUNS = Path("specs/runs")
 def test_the_shipped_run_files_are_valid(file: Path):
     config = load_run(RunRequest(file=str(file)))
     assert config.name == file.stem
-    assert Path(config.policy).is_dir() and Path(config.prompts).is_dir()
+    assert Path(config.policy).is_dir() and all(Path(source.place).is_dir() for source in config.prompts)
 
 
 def test_layers_parent_file_changes(tmp_path: Path):
@@ -163,7 +164,7 @@ def test_an_inherited_path_is_that_of_the_file_that_names_it(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"version": 1, "extends": os.path.abspath("specs/runs/demo.yaml"), "prompts": "mine.jsonl"}))
     config = load_run(RunRequest(file=str(file)))
-    assert config.policy == os.path.abspath("specs/policies/base") and config.prompts == str(tmp_path / "mine.jsonl")
+    assert config.policy == os.path.abspath("specs/policies/base") and config.prompts == (Source(path=str(tmp_path / "mine.jsonl")),)
 
 
 def test_the_evaluated_model_is_the_generators_unless_named(tmp_path: Path):

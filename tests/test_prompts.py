@@ -10,8 +10,10 @@ import pytest
 
 from cluster.errors import UserError
 from tasks.policy import load_policy
-from tasks.prompt_set import PART_ROWS, PromptSet, load_prompts
-from tasks.prompts import CELLS, CapabilityRow, Prompt, named_split, read_rows, source_files
+from tasks.prompt_parts import PART_ROWS
+from tasks.prompt_set import PromptSet, load_prompts
+from tasks.prompts import CELLS, CapabilityRow, Prompt, named_split, read_rows
+from tasks.sources import source_files
 from tasks.store import Store
 
 SPECS = Path(__file__).parent.parent / "specs"
