@@ -120,7 +120,7 @@ def find_overlap(admission: Admission, reserved: set[str], config: OverlapConfig
         for first, number, similarity in sorted(pairs_within(rows, config.similarity), key=lambda pair: pair[1::-1]):
             if held_out[first] == held_out[number] and not {first, number} & gone and first not in duplicates and number not in duplicates:
                 duplicates[number] = Match(similarity, rows[first]["id"], _place(rows[first], files))
-    for kind, matches, drop, other in (
+    for kind, matches, drop, what in (
         ("contamination", contaminated, config.contamination == "drop", "the evaluation prompt"),
         ("near-duplicate", duplicates, config.duplicates == "drop", "the earlier row"),
     ):
@@ -129,7 +129,7 @@ def find_overlap(admission: Admission, reserved: set[str], config: OverlapConfig
             where = {"file": files[row["file"]].path, "line": row["line"], "id": row["id"]}
             overlap.found.append({"kind": kind, **where, **asdict(match), "dropped": drop})
             if drop:
-                overlap.dropped[number] = f"{kind}: {match.similarity:.2f} like {other} {match.resembles!r} ({match.at})"
+                overlap.dropped[number] = f"{kind}: {match.similarity:.2f} like {what} {match.resembles!r} ({match.at})"
     return overlap
 
 

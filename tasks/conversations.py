@@ -129,7 +129,8 @@ def _turn(turn: dict[str, Any], place: str, strict: bool) -> dict[str, Any]:
     if called:
         if not isinstance(called, list):
             raise ValueError(f"{place}.tool_calls: expected a list, found {type(called).__name__}")
-        content = "\n".join([content] * bool(content) + [_call(call, f"{place}.tool_calls") for call in called])
+        said = [content] if isinstance(content, str) and content else []
+        content = "\n".join(said + [_call(call, f"{place}.tool_calls") for call in called])
     known = {"from", "value"} if share_gpt else {"role", "content", *OPENAI_FIELDS}
     rest = {name: value for name, value in turn.items() if name not in known} if strict else {}
     return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content, **rest}

@@ -124,7 +124,8 @@ def pairs_within(rows: Rows, threshold: float) -> list[tuple[int, int, float]]:
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         first = np.maximum.accumulate(np.where(np.r_[True, ordered[1:] != ordered[:-1]], np.arange(len(ordered)), 0))
-        near = [(order[first], order)]
+        later = np.flatnonzero(first != np.arange(len(ordered)))
+        near = [(order[first[later]], order[later])]
         for lag in range(1, NEIGHBOURS + 1):
             same = np.flatnonzero(ordered[lag:] == ordered[:-lag])
             if not len(same):
@@ -133,7 +134,7 @@ def pairs_within(rows: Rows, threshold: float) -> list[tuple[int, int, float]]:
         coded = [left * len(rows) + right for left, right in near]
         candidates = np.union1d(candidates, np.concatenate(coded))
     left, right = np.divmod(candidates, max(1, len(rows)))
-    return list(_compared(rows, left[left < right], rows, right[left < right], threshold))
+    return list(_compared(rows, left, rows, right, threshold))
 
 
 def pairs_between(rows: Rows, some: Index, others: Rows, references: Index, threshold: float) -> list[tuple[int, int, float]]:

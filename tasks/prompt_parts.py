@@ -79,13 +79,11 @@ class _Writer:
 
     def finish(self, policy: Policy, reserved: set[str], overlap: Overlap) -> dict[str, Any]:
         """The manifest. Raises UserError when there is not one prompt, SpecmillError when rows went missing."""
-        sources = [
-            {"file": file.path, "rows": rows, **counts, "left_out": dict(+file.left_out)}
-            for file, rows, counts in zip(self.admission.files, self.admission.read, self.counts, strict=True)
-        ]
-        for source in sources:
-            if source["rows"] != source["prompts"] + source["capability"] + source["quarantined"]:
-                raise SpecmillError(f"{source['file']}: the rows do not balance: {source}")
+        sources = []
+        for file, rows, found in zip(self.admission.files, self.admission.read, self.counts, strict=True):
+            sources.append({"file": file.path, "rows": rows, **found, "left_out": dict(+file.left_out)})
+            if rows != found.total():
+                raise SpecmillError(f"{file.path}: the rows do not balance: {sources[-1]}")
         counts = {kind: sum(counted[kind] for counted in self.counts) for kind in ("prompts", "capability", "quarantined")}
         if not counts["prompts"]:
             worst = "".join(f"\n  {row['file']}:{row['line']}: {row['reason']}" for row in self.shown[:3])
@@ -95,13 +93,12 @@ class _Writer:
             self._flush(kind)
         parts = []
         for category in policy.categories:
-            for file in self.files.pop(category, []):
-                found = self.store.read_table(file.path, ["group", "split"]).to_pylist()
-                splits = Counter(split_of(row, reserved) for row in found)
+            for shard in self.files.pop(category, []):
+                splits = Counter(split_of(row, reserved) for row in self.store.read_table(shard.path, ["group", "split"]).to_pylist())
                 counted = {split: splits[split] for split in SPLIT_SHARES}
-                parts.append({"path": self._inside(file.path), "category": category, "rows": file.rows, "splits": counted})
-                self.files["prompts"].append(file)
-        files = [asdict(file) | {"path": self._inside(file.path)} for files in self.files.values() for file in files]
+                parts.append({"path": self._inside(shard.path), "category": category, "rows": shard.rows, "splits": counted})
+                self.files["prompts"].append(shard)
+        files = [asdict(shard) | {"path": self._inside(shard.path)} for shards in self.files.values() for shard in shards]
         kinds = ("contamination", "near-duplicate")
         return {
             "version": 1,
@@ -112,7 +109,7 @@ class _Writer:
             "sources": sources,
             "counts": counts,
             "parts": parts,
-            "capability": [self._inside(file.path) for file in self.files["capability"]],
+            "capability": [self._inside(shard.path) for shard in self.files["capability"]],
             "reserved": sorted(reserved),
             "quarantined": self.shown,
             "reasons": self.reasons,

@@ -105,8 +105,8 @@ def _checked(row: dict[str, Any], file: SourceFile, policy: Policy | None) -> Co
         if policy is None:
             fields = {name: fields[name] for name in Conversation.model_fields if name in fields}
         if "id" not in fields and file.source.columns.named:
-            turns = [Message.model_validate(turn) for turn in fields["messages"]]
-            fields["id"] = f"{file.name}-{prompt_hash(turns)[:16]}"
+            unnamed = Conversation.model_validate({"id": "unnamed", "messages": fields["messages"]})
+            fields["id"] = f"{file.name}-{prompt_hash(unnamed.messages)[:16]}"
         return Conversation.model_validate(fields) if policy is None else _parse(fields, file, policy)
     except ValidationError as error:
         return "; ".join(line.removeprefix("row: ") for line in describe(error, "row"))
