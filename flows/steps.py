@@ -25,7 +25,8 @@ from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
 from tasks.store import Store
 from tasks.training_rows import training_rows
-from tasks.work import Pairs, Receipt, Tally, work
+from tasks.wanted import NOT_JUDGED
+from tasks.work import Pairs, Receipt, Tally, cost_per_kept, work
 
 
 @task(name="complete and judge", cache_policy=NO_CACHE)
@@ -40,6 +41,7 @@ def complete_and_judge_step(run: Workspace) -> None:
     generating, judging = Line(complete.COMPLETE, run.generator.fleet), Line(judge.JUDGE, run.judge.fleet)
     with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged, ExitStack() as open_ledgers:
         tallies: dict[Line, Tally] = {judging: Tally(judgements, judged, lost[1]), generating: Tally(completions, drawn, lost[0])}
+        named = {"complete": tallies[generating], "judge": tallies[judging]}
         for part, pairs in wanted.missing_completions():
             request, size = run.requests[part.category], config.generate.shard_rows
             shard = complete.CompletionShard(store.root, run.generator.model, config.generate, request, run.gates, part.path, pairs)
@@ -64,17 +66,21 @@ def complete_and_judge_step(run: Workspace) -> None:
             if line.waiting or generating.waiting or tally.lost:
                 open_ledgers.enter_context(tally.ledger.writing(config.lease_seconds))
         if config.judge.overlap or run.judge is run.generator:
-            _announce(run.generator, needed=bool(generating.waiting))
-            _announce(run.judge, needed=bool(judging.waiting))
-            work(tallies, follow)
+            _start(run.generator, needed=bool(generating.waiting))
+            _start(run.judge, needed=bool(judging.waiting or generating.waiting))
+            wall = work(tallies, follow)
+            pools = {run.generator: ["complete"], run.judge: ["judge"]} if run.judge is not run.generator else {run.generator: list(named)}
+            for pool, stages in pools.items():
+                run.tell_speed(pool, wall, {stage: named[stage] for stage in stages})
         else:
             for line, pool in ((generating, run.generator), (judging, run.judge)):
-                _announce(pool, needed=bool(line.waiting))
-                work({line: tallies[line]}, follow)
+                _start(pool, needed=bool(line.waiting))
+                wall = work({line: tallies[line]}, follow)
+                run.tell_speed(pool, wall, {stage: tally for stage, tally in named.items() if tally is tallies[line]})
                 pool.close()
         for tally in tallies.values():
             tally.balance()
-    drawn_rows, verdicts = tallies[generating], tallies[judging]
+    drawn_rows, verdicts = named.values()
     run.note("complete", wanted=reused + drawn_rows.made, reused=reused, made=drawn_rows.made, lost_shards=len(lost[0]))
     run.note(
         "judge",
@@ -90,7 +96,8 @@ def complete_and_judge_step(run: Workspace) -> None:
 @task(name="select", cache_policy=NO_CACHE)
 def select_step(run: Workspace) -> Dataset:
     """Selects rows and publishes the dataset version; stops with the funnel when too little is left."""
-    wanted, _ = survey(run, Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE))
+    completions, judgements = Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE)
+    wanted, _ = survey(run, completions, judgements)
     found = candidates(wanted)
     select(found, run.config.select)
     table = funnel(found)
@@ -98,6 +105,8 @@ def select_step(run: Workspace) -> Dataset:
     dataset = publish(run.store, run.config.name, run.prompts, wanted, found, _provenance(run))
     kept = dataset.manifest["rows"]
     categories = sum("kept" in counts for counts in table.values())
+    runs = int((wanted.scores != NOT_JUDGED).sum())
+    run.cost = cost_per_kept([(completions.read(), len(wanted)), (judgements.read(), runs)], kept)
     run.note("select", completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories)
     return dataset
 
@@ -147,8 +156,8 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         _clear(store, id)
         path = ckpt.directory(store, id)
         path.mkdir(parents=True, exist_ok=True)
-        _announce(run.policy_engine)
-        _announce(run.judge)
+        _start(run.policy_engine)
+        _start(run.judge)
         job = rl.RlJob(
             root=store.root,
             id=id,
@@ -187,8 +196,8 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
     found = evaluate.find(store, id, checkpoint.kind)
     if found is None:
-        _announce(run.policy_engine)
-        _announce(run.judge)
+        _start(run.policy_engine)
+        _start(run.judge)
         subject = run.policy_engine.fleet()
         subject.load_weights(checkpoint.model.path, 0)
         with Progress(f"eval-{checkpoint.kind}", "answers and verdicts") as progress:
@@ -212,6 +221,8 @@ def report_step(run: Workspace, dataset: Dataset, checkpoints: list[Checkpoint],
         "checkpoints": [f"checkpoints/{checkpoint.id}" for checkpoint in checkpoints],
         "evaluations": [f"evaluations/{evaluation.id}" for evaluation in evaluations],
         "stages": run.notes,
+        "speeds": run.speeds,
+        "cost": run.cost,
         "quarantined": run.prompts.manifest["quarantined"],
         "provenance": _provenance(run) | {"parameters": run.config.parameters()},
     }
@@ -235,10 +246,11 @@ def _provenance(run: Workspace) -> dict[str, Any]:
     }
 
 
-def _announce(pool: Pool, needed: bool = True) -> None:
-    """Engines take up to a minute to start; a person should know what is being waited for."""
+def _start(pool: Pool, needed: bool = True) -> None:
+    """Starts the engines. They take up to a minute; a person should know what is being waited for."""
     if needed and not pool.started:
         say(f"  starting {pool.config.engines} x {pool.model.id}")
+        pool.fleet()
 
 
 def _clear(store: Store, id: str) -> None:

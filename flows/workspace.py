@@ -26,7 +26,7 @@ from tasks.prompts import Prompt, Split
 from tasks.store import Shard, Store
 from tasks.tombstones import deleted_prompts
 from tasks.wanted import Wanted
-from tasks.work import Pairs
+from tasks.work import Pairs, Tally, Wall
 
 _current: ContextVar["Workspace | None"] = ContextVar("workspace", default=None)
 
@@ -46,6 +46,10 @@ class Workspace:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stage -> what was reused, made, lost and quarantined in this invocation."""
+    speeds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Stage -> how fast it was in this invocation."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """What a kept row costs, everything that was dropped for it included."""
     _splits: dict[Split, list[Prompt]] = field(default_factory=dict)
 
     @property
@@ -100,6 +104,24 @@ class Workspace:
     def base_model(self) -> Model:
         """The model that is trained: the generator."""
         return self.generator.model
+
+    def tell_speed(self, pool: Pool, wall: Wall, tallies: dict[str, Tally]) -> None:
+        """Remembers and tells how fast engines of a pool made what."""
+        for stage, tally in tallies.items():
+            if tally.asked:
+                speed = self.speeds[stage] = tally.speed(wall.seconds)
+                say(
+                    f"  {stage:<10} {speed['rows_per_second']:.3g} rows/s, {speed['tokens_per_second']:.3g} tokens/s, "
+                    f"{100 * speed['cached']:.0f} % of prompt tokens cached, {speed['retries']} retries, {speed['quarantined']} quarantined"
+                )
+        busy = sum(tally.usage.busy_seconds for tally in tallies.values())
+        if busy:
+            idle = self.speeds["engines"] = {
+                "idle": max(0.0, 1 - busy / (pool.config.engines * wall.seconds)),
+                "tail": wall.tail / wall.seconds,
+                "seconds": wall.seconds,
+            }
+            say(f"  {'engines':<10} idle {100 * idle['idle']:.1f} % of {wall.seconds:.0f} s, tail {100 * idle['tail']:.1f} %")
 
     def note(self, stage: str, **counts: int) -> None:
         """Remembers and tells what a stage did."""

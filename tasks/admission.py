@@ -38,15 +38,15 @@ class Admission:
         """Rows of equal id or conversation after the first, and prompts that send their group to a second split, are quarantined."""
         good: list[tuple[int, int, Item]] = []
         bad: list[tuple[int, int, str]] = []
-        for file, line, item in batch:
-            number = self._numbers[id(file)]
-            self.read[number] += 1
+        for source, line, item in batch:
+            file = self._numbers[id(source)]
+            self.read[file] += 1
             if isinstance(item, str):
-                bad.append((number, line, item))
+                bad.append((file, line, item))
             elif prompt_hash(item.messages) in self.deleted:
-                bad.append((number, line, "deleted by request"))
+                bad.append((file, line, "deleted by request"))
             else:
-                good.append((number, line, item))
+                good.append((file, line, item))
         for known, name, reason in (
             (self.ids, lambda item: item.id, "id: {id!r} is used by an earlier row"),
             (self.conversations, lambda item: prompt_hash(item.messages), "messages: the same as those of an earlier row ({id!r} here)"),

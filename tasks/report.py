@@ -83,6 +83,8 @@ Verdict as ideal, by category:
 
 {funnel_markdown(dataset.manifest["funnel"])}
 
+A kept row costs {_cost(manifest)}.
+
 ## Checkpoints
 
 {trained}
@@ -91,6 +93,12 @@ Verdict as ideal, by category:
 
 {quarantined}
 """
+
+
+def _cost(manifest: dict[str, Any]) -> str:
+    cost = manifest["cost"]
+    seconds, tokens = cost["engine_seconds_per_kept_row"], cost["tokens_per_kept_row"]
+    return f"{seconds:.3g} engine seconds and {tokens:,.0f} drawn tokens, those of the rows that were dropped included"
 
 
 def _comparison(evaluations: list[Evaluation]) -> str:

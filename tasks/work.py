@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cluster.errors import SpecmillError
 from cluster.fleet import Done, Line, run
 from cluster.serving import Usage
-from tasks.ledger import Ledger
+from tasks.ledger import Ledger, State
 from tasks.progress import Progress
 from tasks.store import Conflict, Down, Shard
 
@@ -73,7 +73,7 @@ class Tally:
 
     def __init__(self, ledger: Ledger, progress: Progress, lost: Sequence[str] = ()) -> None:
         self.ledger, self.progress = ledger, progress
-        self.asked = self.made = self.skipped = 0
+        self.asked = self.made = self.skipped = self.quarantined = 0
         self.usage = Usage()
         self.lost = list(lost)
         self._waiting: list[Shard] = []
@@ -94,7 +94,8 @@ class Tally:
         self.usage += done.usage
         self.made += receipt.file.rows
         self.skipped += receipt.skipped
-        self.progress(self.made + self.skipped, self.asked)
+        self.quarantined += receipt.file.quarantined
+        self.progress(self.made + self.skipped, self.asked, self._pace())
 
     def commit(self, now: bool = False) -> None:
         """Names the finished shards in the ledger, unless that was done less than a second ago. The first entry declares the lost ones."""
@@ -103,6 +104,27 @@ class Tally:
             self._waiting, self.lost, self._cost = [], [], Usage()
             self._committed = time.monotonic()
 
+    def speed(self, seconds: float) -> dict[str, float]:
+        """What the stage reached in so many seconds. Tokens are drawn ones; `cached`: share of prompt tokens that cost nothing."""
+        usage = self.usage
+        return {
+            "rows_per_second": self.made / seconds,
+            "tokens_per_second": usage.completion_tokens / seconds,
+            "cached": usage.cached_tokens / max(1, usage.prompt_tokens),
+            "engine_seconds": usage.busy_seconds,
+            "retries": usage.retries,
+            "quarantined": self.quarantined,
+        }
+
+    def _pace(self) -> str:
+        usage = self.usage
+        parts = [
+            f"{usage.completion_tokens:,} tokens",
+            f"{100 * usage.cached_tokens / max(1, usage.prompt_tokens):.0f} % of prompts cached",
+        ]
+        parts += [f"{count} {name}" for count, name in ((usage.retries, "retries"), (self.quarantined, "quarantined")) if count]
+        return ", ".join(parts)
+
     def balance(self) -> None:
         """Raises SpecmillError unless every request that was asked for is committed or was not needed."""
         self.commit(now=True)
@@ -110,12 +132,30 @@ class Tally:
             raise SpecmillError(f"{self.ledger.stage}: {self.asked} rows were asked for, {self.made} made and {self.skipped} not needed")
 
 
-def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> None:
+def cost_per_kept(stages: Sequence[tuple[State, int]], kept: int) -> dict[str, float]:
+    """Engine seconds and drawn tokens per kept row. Each stage's rows, dropped ones too, cost what its rows have cost on average."""
+    spent = sum((state.usage.scaled(rows / state.made) for state, rows in stages if state.made), Usage())
+    return {"engine_seconds_per_kept_row": spent.busy_seconds / max(1, kept), "tokens_per_kept_row": spent.completion_tokens / max(1, kept)}
+
+
+@dataclass(frozen=True)
+class Wall:
+    """How long it took, in seconds, and how much of that no shard waited any more: the tail, in which engines run dry."""
+
+    seconds: float
+    tail: float
+
+
+def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> Wall:
     """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others."""
+    started = waited = time.monotonic()
 
     def commit() -> None:
+        nonlocal waited
         for tally in lines.values():
             tally.commit()
+        if any(line.waiting for line in lines):
+            waited = time.monotonic()
 
     try:
         for done in run(list(lines), tick=commit):
@@ -129,3 +169,5 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
         for tally in lines.values():
             tally.commit(now=True)
         raise
+    ended = time.monotonic()
+    return Wall(ended - started, ended - waited)
