@@ -7,7 +7,7 @@ Contents are tokenised by a copy of the tokenizer that has no added tokens at al
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -127,6 +127,12 @@ class Chat:
             return (self.path / name).read_text()
         except FileNotFoundError:
             raise UserError(f"model {self.path}: no {name}; a Hugging Face fast tokenizer is needed.") from None
+
+
+@lru_cache(maxsize=4)
+def chat_of(path: str) -> Chat:
+    """The tokenizer of a model, read once per process."""
+    return Chat(path)
 
 
 def _raise(message: str) -> None:

@@ -1,10 +1,13 @@
-"""What an inference engine is to the rest of the house: token ids in, token ids out. Knows nothing of policies and thoughts."""
+"""What an inference engine is to the rest of the house: a conversation in, a completion out. Knows nothing of policies and thoughts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.chat import Chat, Turn
+from cluster.errors import UserError
 
 
 class FakeConfig(BaseModel):
@@ -66,10 +69,13 @@ class Sampling:
 class Completion:
     """What an engine answered. `finish_reason` is `stop` or `length`; `logprobs` of the drawn tokens, if asked for."""
 
-    token_ids: list[int]
+    text: str
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
+    completion_tokens: int
+    prompt_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
@@ -84,6 +90,21 @@ class EngineDied(Exception):
 class Engine(Protocol):
     """One served model."""
 
-    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
-        """Draws one completion of a prompt given as token ids. Raises ValueError for a request it refuses, Unavailable, and EngineDied."""
+    async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
+        """Draws the assistant's next turn of a conversation. Raises ValueError for a request it refuses, Unavailable, and EngineDied."""
         ...
+
+
+def request_ids(chat: Chat, turns: Sequence[Turn], sampling: Sampling, config: EngineConfig) -> list[int]:
+    """Token ids of a request to an engine that owns a tokenizer.
+
+    Raises ValueError when the chat template refuses the turns, or when the request does not fit the engine's context: a shorter
+    completion would be another one.
+    """
+    try:
+        ids = chat.prompt(turns)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if len(ids) + sampling.max_tokens > config.max_model_len:
+        raise ValueError(f"prompt of {len(ids)} tokens and {sampling.max_tokens} to draw exceed max_model_len {config.max_model_len}")
+    return ids

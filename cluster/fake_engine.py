@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from random import Random
 
 from cluster import fake_text
-from cluster.chat import Chat
-from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, Unavailable
+from cluster.chat import Turn, chat_of
+from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, Unavailable, request_ids
 from cluster.errors import UserError
 from cluster.models import Model, resolve_model
 
@@ -35,7 +35,7 @@ class FakeEngine:
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
         self.config, self.fake = config, config.fake
-        self._chat = Chat(model.path)
+        self._chat = chat_of(model.path)
         self._room = asyncio.Semaphore(config.max_num_seqs)
         self._asked = 0
         self._struck: Counter[str] = Counter()
@@ -45,9 +45,9 @@ class FakeEngine:
         """Takes as long as configured."""
         await asyncio.sleep(self.fake.start_seconds)
 
-    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+    async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""
-        fake = self.fake
+        fake, prompt = self.fake, request_ids(self._chat, turns, sampling, self.config)
         name = hashlib.sha256(array("q", [fake.seed, sampling.seed, *prompt])).hexdigest()
         async with self._room:
             self._asked += 1
@@ -62,7 +62,8 @@ class FakeEngine:
         ids = [*self._chat.text(text), self._chat.end_of_turn]
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         ids = ids[: sampling.max_tokens]
-        return Completion(ids, reason, len(prompt), 0, [-1.0] * len(ids) if sampling.logprobs else [])
+        logprobs = [-1.0] * len(ids) if sampling.logprobs else []
+        return Completion(self._chat.decode(ids), reason, len(prompt), 0, len(ids), prompt, ids, logprobs)
 
     async def load_weights(self, path: str, version: int) -> None:
         """There is no policy to train or evaluate."""

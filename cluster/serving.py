@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from cluster.chat import Turn
 from cluster.engine import Completion, Engine, EngineConfig, EngineDied, Sampling, Unavailable
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -48,21 +49,21 @@ class Served:
         self._busy_since = self._answered_at = 0.0
         self._busy = 0.0
 
-    async def complete(self, prompt: Sequence[int], sampling: Sampling, usage: Usage) -> Completion:
+    async def complete(self, turns: Sequence[Turn], sampling: Sampling, usage: Usage) -> Completion:
         """Draws one completion, trying again where no answer came. Raises NotAnswered, ValueError for a refusal, and EngineDied."""
         for attempt in range(self.config.attempts):
             if attempt:
                 usage.retries += 1
                 await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)))
             try:
-                answer = await self._watched(prompt, sampling)
+                answer = await self._watched(turns, sampling)
             except Unavailable as error:
                 reason = str(error)
                 continue
             usage.requests += 1
             usage.prompt_tokens += answer.prompt_tokens
             usage.cached_tokens += answer.cached_tokens
-            usage.completion_tokens += len(answer.token_ids)
+            usage.completion_tokens += answer.completion_tokens
             return answer
         raise NotAnswered(f"no answer in {self.config.attempts} attempts; the last: {reason}")
 
@@ -73,12 +74,12 @@ class Served:
         self._busy, self._busy_since = 0.0, now
         return busy
 
-    async def _watched(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+    async def _watched(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         started = time.monotonic()
         if not self._in_flight:
             self._busy_since = self._answered_at = started
         self._in_flight += 1
-        work = asyncio.ensure_future(self.engine.complete(prompt, sampling))
+        work = asyncio.ensure_future(self.engine.complete(turns, sampling))
         try:
             while not (await asyncio.wait({work}, timeout=self._patience(started)))[0]:
                 now = time.monotonic()
@@ -108,6 +109,6 @@ class Metered:
         self._served = served
         self.usage = Usage()
 
-    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+    async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""
-        return await self._served.complete(prompt, sampling, self.usage)
+        return await self._served.complete(turns, sampling, self.usage)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.engine import Completion, EngineConfig, EngineDied, Sampling
+from cluster.chat import Turn, chat_of
+from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, request_ids
 from cluster.models import Model
 from cluster.weight_transfer import BACKEND
 
@@ -40,6 +41,7 @@ class VllmEngine:
 
     def __init__(self, model: Model, config: EngineConfig, receives_weights: bool = False) -> None:
         self.model, self.config, self.receives_weights = model, config, receives_weights
+        self._chat = chat_of(model.path)
         self._engine: Any = None
 
     async def start(self) -> None:
@@ -83,11 +85,12 @@ class VllmEngine:
         if self.receives_weights:
             await self._engine.init_weight_transfer_engine(_request(init_info={}))
 
-    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+    async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        prompt = request_ids(self._chat, turns, sampling, self.config)
         held = None
         if sampling.grammar or sampling.json_schema:
             held = StructuredOutputsParams(grammar=sampling.grammar, json=sampling.json_schema)
@@ -102,14 +105,15 @@ class VllmEngine:
         )
         result: Any = None
         try:
-            async for output in self._engine.generate({"prompt_token_ids": list(prompt)}, params, uuid.uuid4().hex):
+            async for output in self._engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):
                 result = output
         except EngineDeadError as error:
             raise EngineDied(str(error)) from error
         drawn = result.outputs[0]
         ids = list(drawn.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(ids, drawn.logprobs, strict=True)] if drawn.logprobs else []
-        return Completion(ids, str(drawn.finish_reason), len(prompt), result.num_cached_tokens or 0, logprobs)
+        text, reason, cached = self._chat.decode(ids), str(drawn.finish_reason), result.num_cached_tokens or 0
+        return Completion(text, reason, len(prompt), cached, len(ids), prompt, ids, logprobs)
 
     async def load_weights(self, path: str, version: int) -> None:
         """Replaces the weights by those of a safetensors file or checkpoint directory and forgets the prefix cache."""

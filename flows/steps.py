@@ -9,6 +9,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from cluster.chat import chat_of
 from cluster.fleet import Done, Line
 from cluster.models import weights_digest
 from cluster.pool import Pool
@@ -115,7 +116,7 @@ def select_step(run: Workspace) -> Dataset:
 def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
     """Supervised fine-tuning of the base model on the dataset, mixed with capability rows."""
     config, store, base = run.config.sft, run.store, run.base_model
-    table = training_rows(store, dataset, run.prompts.capability, complete.chat_of(base.path), config)
+    table = training_rows(store, dataset, run.prompts.capability, chat_of(base.path), config)
     recipe = {
         "rows": digest(table.to_pylist()),
         "base": [base.id, base.revision],

@@ -6,13 +6,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from cluster.chat import chat_of
 from cluster.errors import UserError
 from cluster.models import Model
 from cluster.pool import Pool
 from cluster.session import ray_session
 from flows.config import RunConfig, RunRequest, load_run
 from tasks.checkpoints import Checkpoint, directory
-from tasks.complete import Request, chat_of, requests
+from tasks.complete import Request, requests
 from tasks.compose import plain_turns
 from tasks.dataset import Dataset
 from tasks.gates import Gates
@@ -98,7 +99,7 @@ class Workspace:
 
     def judge_hash(self, view: str) -> str:
         """Identity of the judge for a view: `full` or `blind`."""
-        return judge_hash(self.judge.model, self.config.judge, chat_of(self.judge.model.path), view)
+        return judge_hash(self.judge.model, self.config.judge, view)
 
     @property
     def base_model(self) -> Model:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from cluster.chat import Chat
+from cluster.chat import Chat, chat_of
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
 from cluster.errors import UserError
 from cluster.fleet import Stage
@@ -71,12 +71,6 @@ class CompletionShard:
     gates: Gates
     part: str
     pairs: Pairs
-
-
-@lru_cache(maxsize=4)
-def chat_of(path: str) -> Chat:
-    """The tokenizer of a model, read once per process."""
-    return Chat(path)
 
 
 def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, Request]:
@@ -172,17 +166,16 @@ def _row(shard: CompletionShard, prompt: dict[str, Any], sample: int) -> dict[st
 async def _draw(engine: Engine, shard: CompletionShard, prompt: dict[str, Any], sample: int, chat: Chat) -> dict[str, Any]:
     config, row = shard.config, _row(shard, prompt, sample)
     messages = [Message.model_validate(turn) for turn in prompt["messages"]]
+    turns = generator_turns(shard.request.spec, messages, config.placement)
     try:
-        ids = chat.prompt(generator_turns(shard.request.spec, messages, config.placement))
-        require_room(len(ids), config.max_tokens, config.engine)
-        drawn = await engine.complete(ids, Sampling(config.temperature, config.max_tokens, row["seed"], grammar=shard.request.grammar))
-    except (ValueError, UserError) as error:
+        drawn = await engine.complete(turns, Sampling(config.temperature, config.max_tokens, row["seed"], grammar=shard.request.grammar))
+    except ValueError as error:
         return row | {"quarantined": f"the engine gave no completion: {error}"}
-    return row | _outcome(drawn, chat, thoughts.opened(ids, chat))
+    return row | _outcome(drawn, chat)
 
 
-def _outcome(drawn: Completion, chat: Chat, opened: bool) -> dict[str, Any]:
-    parts = thoughts.split(drawn.token_ids, chat, opened)
+def _outcome(drawn: Completion, chat: Chat) -> dict[str, Any]:
+    parts = thoughts.split(drawn.token_ids, chat, thoughts.opened(drawn.prompt_ids, chat))
     thought, answer = (parts.thought, parts.answer) if isinstance(parts, thoughts.Parts) else (None, None)
     return {
         "token_ids": drawn.token_ids,
@@ -200,12 +193,6 @@ def _outcome(drawn: Completion, chat: Chat, opened: bool) -> dict[str, Any]:
 
 def _begins_in_thought(chat: Chat) -> bool:
     return thoughts.opened(chat.prompt(plain_turns((Message(role="user", content="?"),))), chat)
-
-
-def require_room(prompt_tokens: int, max_tokens: int, engine: EngineConfig) -> None:
-    """Raises ValueError when a request does not fit the engine's context; a shorter completion would be another one."""
-    if prompt_tokens + max_tokens > engine.max_model_len:
-        raise ValueError(f"prompt of {prompt_tokens} tokens and {max_tokens} to draw exceed max_model_len {engine.max_model_len}")
 
 
 def seed_of(base: int, name: str, number: int) -> int:

@@ -99,7 +99,7 @@ def evaluate(
     drawn.sort(key=lambda answer: answer.prompt_id)
     by_id = {prompt.id: prompt for prompt in prompts}
     runs = judge_config.model_copy(update={"k": config.judge_runs})
-    judged = blind_shards(drawn, by_id, specs, judge_model, runs)
+    judged = blind_shards(drawn, by_id, specs, runs)
     not_shown = len(prompts) - sum(len(shard.items) for shard in judged)
     verdicts = verdicts_of(judge, judged, lambda given: progress(len(prompts) + not_shown + given, 2 * len(prompts)))
     progress(2 * len(prompts), 2 * len(prompts))
@@ -202,7 +202,7 @@ def _row(checkpoint: str, answer: Drawn, prompt: Prompt, policy: Policy, verdict
         "ideal_verdict": prompt.ideal_verdict,
         "checkpoint": checkpoint,
         "thought": thought,
-        "answer": text if isinstance(parts, Parts) else answer.text,
+        "answer": text if isinstance(parts, Parts) else answer.completion.text,
         "malformed": None if isinstance(parts, Parts) else parts.reason,
         "finish_reason": answer.completion.finish_reason,
         "seed": answer.seed,

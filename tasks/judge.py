@@ -14,12 +14,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from cluster.chat import Chat
+from cluster.chat import chat_of
 from cluster.engine import Engine, EngineConfig, Sampling
 from cluster.fleet import Stage
 from cluster.models import Model
 from tasks import tables
-from tasks.complete import chat_of, require_room, seed_of
+from tasks.complete import seed_of
 from tasks.compose import JUDGE_TEMPLATE_HASH, SUBSCORES_BLIND, SUBSCORES_FULL, BlindCase, FullCase, judge_turns
 from tasks.keys import digest, judgement_key
 from tasks.keyset import Keys, keys_of
@@ -88,14 +88,14 @@ class JudgementShard:
     """Threshold of the category: no run after a score below it is needed."""
 
 
-def judge_hash(model: Model, config: JudgeConfig, chat: Chat, view: str) -> str:
+def judge_hash(model: Model, config: JudgeConfig, view: str) -> str:
     """Digest of everything that makes a judge's verdict, beside the material: model, revision, template, sampling, view."""
     context = config.engine.max_model_len
     sampling = {"temperature": config.temperature, "seed": config.seed, "attempts": config.attempts, "context": context}
-    return digest([model.id, model.revision, chat.hash, JUDGE_TEMPLATE_HASH, sampling, view])
+    return digest([model.id, model.revision, chat_of(model.path).hash, JUDGE_TEMPLATE_HASH, sampling, view])
 
 
-async def judge(engine: Engine, chat: Chat, spec: Spec, case: FullCase | BlindCase, config: JudgeConfig, name: str, run: int) -> Verdict:
+async def judge(engine: Engine, spec: Spec, case: FullCase | BlindCase, config: JudgeConfig, name: str, run: int) -> Verdict:
     """One run of the judge on one case; `name`, a hexadecimal hash, and the run give the seed.
 
     The order of the sub-scores rotates with the run, against position bias. Raises ValueError when the case has no room in the context.
@@ -103,14 +103,12 @@ async def judge(engine: Engine, chat: Chat, spec: Spec, case: FullCase | BlindCa
     subscores = SUBSCORES_FULL if isinstance(case, FullCase) else SUBSCORES_BLIND
     shift = run % len(subscores)
     order = subscores[shift:] + subscores[:shift]
-    ids = chat.prompt(judge_turns(spec, case, order))
-    length = 4 * len(order) + 4
-    require_room(len(ids), length, config.engine)
+    turns, length = judge_turns(spec, case, order), 4 * len(order) + 4
     raw: list[str] = []
     for attempt in range(config.attempts):
         seed = seed_of(config.seed, name, run + RETRY_SEEDS * attempt)
         sampling = Sampling(config.temperature, length, seed, json_schema=_schema(len(order)))
-        raw.append(chat.decode((await engine.complete(ids, sampling)).token_ids))
+        raw.append((await engine.complete(turns, sampling)).text)
         scores = parse_scores(raw[-1], order)
         if scores:
             break
@@ -140,14 +138,13 @@ def audited(keys: Keys, config: JudgeConfig) -> npt.NDArray[np.bool_]:
 
 async def judge_shard(engine: Engine, shard: JudgementShard) -> Receipt:
     """Judges the completions of a shard and writes one row per run."""
-    chat = chat_of(shard.model.path)
 
     async def judge_row(row: dict[str, Any], runs: list[int]) -> list[dict[str, Any]]:
         if audited(keys_of([row["key"]]), shard.config)[0]:
-            return list(await asyncio.gather(*(_judge_row(engine, chat, shard, row, run) for run in runs)))
+            return list(await asyncio.gather(*(_judge_row(engine, shard, row, run) for run in runs)))
         given: list[dict[str, Any]] = []
         for run in runs:
-            given.append(await _judge_row(engine, chat, shard, row, run))
+            given.append(await _judge_row(engine, shard, row, run))
             if (given[-1].get("score") or HIGHEST) < shard.limit:
                 break
         return given
@@ -203,12 +200,12 @@ def _row(shard: JudgementShard, row: dict[str, Any], run: int) -> dict[str, Any]
     }
 
 
-async def _judge_row(engine: Engine, chat: Chat, shard: JudgementShard, row: dict[str, Any], run: int) -> dict[str, Any]:
+async def _judge_row(engine: Engine, shard: JudgementShard, row: dict[str, Any], run: int) -> dict[str, Any]:
     messages = tuple(Message.model_validate(turn) for turn in row["messages"])
     result = _row(shard, row, run)
     try:
         case = FullCase(messages, row["thought"], row["answer"])
-        verdict = await judge(engine, chat, shard.spec, case, shard.config, row["key"].hex(), run)
+        verdict = await judge(engine, shard.spec, case, shard.config, row["key"].hex(), run)
     except ValueError as error:
         return result | {"seed": 0, "quarantined": f"the engine gave no verdict: {error}"}
     result |= {"seed": verdict.seed, "raw": list(verdict.raw)}

@@ -186,7 +186,7 @@ def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:
     drawn = [answer for done in job.policy.map(DRAW, shards) for answer in done.result]
     drawn.sort(key=lambda answer: (answer.prompt_id, answer.sample))
     runs = job.judge_config.model_copy(update={"k": settings.judge_runs})
-    judged = blind_shards([answer for answer in drawn if answer.earns], by_id, job.specs, job.judge_model, runs)
+    judged = blind_shards([answer for answer in drawn if answer.earns], by_id, job.specs, runs)
     verdicts = verdicts_of(job.judge, judged)
     rows = [_row(job, step, answer, by_id[answer.prompt_id], verdicts.get(answer.name, [])) for answer in drawn]
     table = pa.Table.from_pylist(rows, schema=tables.ROLLOUTS)

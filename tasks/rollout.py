@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from cluster.chat import chat_of
 from cluster.engine import Completion, Engine, Sampling
 from cluster.fleet import Fleet, Stage
-from cluster.models import Model
 from tasks import thoughts
-from tasks.complete import chat_of, seed_of
+from tasks.complete import seed_of
 from tasks.compose import BlindCase, plain_turns
 from tasks.judge import JudgeConfig, Verdict, judge
 from tasks.keys import digest
@@ -40,10 +40,13 @@ class Drawn:
     prompt_id: str
     sample: int
     seed: int
-    prompt_ids: list[int]
     completion: Completion
-    text: str
     parts: thoughts.Parts | thoughts.Malformed
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Token ids of what it continues."""
+        return self.completion.prompt_ids
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class Drawn:
         """The answer behind a closed thought, or the whole text where no thought was begun; None where they cannot be told apart."""
         if isinstance(self.parts, thoughts.Parts):
             return self.parts.answer or None
-        return self.text.strip() or None if self.parts.reason == thoughts.NO_THOUGHT else None
+        return self.completion.text.strip() or None if self.parts.reason == thoughts.NO_THOUGHT else None
 
     @property
     def earns(self) -> bool:
@@ -77,7 +80,6 @@ class BlindItem:
 class BlindShard:
     """Answers to judge by one spec without their thoughts, `config.k` runs each."""
 
-    model: Model
     config: JudgeConfig
     items: tuple[BlindItem, ...]
 
@@ -87,22 +89,21 @@ async def draw(engine: Engine, shard: DrawShard) -> list[Drawn]:
     chat = chat_of(shard.model_path)
 
     async def one(prompt: Prompt, sample: int) -> Drawn:
-        ids = chat.prompt(plain_turns(prompt.messages))
         seed = seed_of(shard.seed, prompt_hash(prompt.messages), sample)
-        drawn = await engine.complete(ids, Sampling(shard.temperature, shard.max_tokens, seed, logprobs=True))
-        parts = thoughts.split(drawn.token_ids, chat, thoughts.opened(ids, chat))
-        return Drawn(prompt.id, sample, seed, ids, drawn, chat.decode(drawn.token_ids), parts)
+        sampling = Sampling(shard.temperature, shard.max_tokens, seed, logprobs=True)
+        drawn = await engine.complete(plain_turns(prompt.messages), sampling)
+        parts = thoughts.split(drawn.token_ids, chat, thoughts.opened(drawn.prompt_ids, chat))
+        return Drawn(prompt.id, sample, seed, drawn, parts)
 
     return list(await asyncio.gather(*(one(prompt, sample) for prompt in shard.prompts for sample in range(shard.samples))))
 
 
 async def judge_blind(engine: Engine, shard: BlindShard) -> list[list[Verdict]]:
     """k verdicts for every item, in order."""
-    chat = chat_of(shard.model.path)
 
     async def run(item: BlindItem, number: int) -> Verdict:
         try:
-            return await judge(engine, chat, item.spec, item.case, shard.config, item.name, number)
+            return await judge(engine, item.spec, item.case, shard.config, item.name, number)
         except ValueError as error:
             return Verdict(None, (f"the engine gave no verdict: {error}",), 0)
 
@@ -116,9 +117,7 @@ DRAW = Stage(run=draw, size=lambda shard: len(shard.prompts) * shard.samples)
 JUDGE_BLIND = Stage(run=judge_blind, size=lambda shard: len(shard.items) * shard.config.k, prefix=lambda shard: shard.items[0].spec.hash)
 
 
-def blind_shards(
-    drawn: Sequence[Drawn], prompts: dict[str, Prompt], specs: dict[str, Spec], model: Model, config: JudgeConfig
-) -> list[BlindShard]:
+def blind_shards(drawn: Sequence[Drawn], prompts: dict[str, Prompt], specs: dict[str, Spec], config: JudgeConfig) -> list[BlindShard]:
     """What the judge is shown of completions that have an answer, one shard per category."""
     items: dict[str, list[BlindItem]] = {}
     for completion in drawn:
@@ -126,7 +125,7 @@ def blind_shards(
             prompt = prompts[completion.prompt_id]
             case = BlindCase(prompt.messages, completion.answer, prompt.ideal_verdict)
             items.setdefault(prompt.category, []).append(BlindItem(completion.name, specs[prompt.category], case))
-    return [BlindShard(model, config, tuple(group)) for group in items.values()]
+    return [BlindShard(config, tuple(group)) for group in items.values()]
 
 
 def verdicts_of(judge: Fleet, shards: Sequence[BlindShard], progress: Callable[[int], None] | None = None) -> dict[str, list[Verdict]]:

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from ray import cloudpickle
 
-from cluster.chat import Chat
+from cluster.chat import Chat, Turn
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
 from cluster.fleet import Fleet, Stage
 from cluster.pool import Pool
@@ -124,15 +124,16 @@ def servers() -> Iterator[None]:
 
 
 class Recorder:
-    """Passes requests on to an engine and writes down the prompt ids that it was handed."""
+    """Passes requests on to an engine and writes down the prompt ids that it read."""
 
     def __init__(self, engine: Engine, file: str) -> None:
         self.engine, self.file = engine, file
 
-    async def complete(self, prompt: Any, sampling: Sampling) -> Completion:
+    async def complete(self, turns: Any, sampling: Sampling) -> Completion:
+        drawn = await self.engine.complete(turns, sampling)
         with open(self.file, "a") as stream:
-            stream.write(json.dumps(list(prompt)) + "\n")
-        return await self.engine.complete(prompt, sampling)
+            stream.write(json.dumps(drawn.prompt_ids) + "\n")
+        return drawn
 
 
 class RecordingFleet(Fleet):
@@ -156,12 +157,12 @@ async def process_id(engine: Engine, shard: None) -> int:
     return os.getpid()
 
 
-async def probe(engine: Engine, prompt: list[int]) -> Completion:
+async def probe(engine: Engine, turns: list[Turn]) -> Completion:
     """What an engine says, token by token, with log-probabilities."""
-    return await engine.complete(prompt, Sampling(1.0, 24, seed=7, logprobs=True))
+    return await engine.complete(turns, Sampling(1.0, 24, seed=7, logprobs=True))
 
 
-PROBE_STAGE = Stage(run=probe, size=lambda prompt: 1)
+PROBE_STAGE = Stage(run=probe, size=lambda turns: 1)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def chain(servers: None, run_file: Path, scripted_model: str) -> dict[str, Any]:
     from flows.factory import factory
 
     root, seen = run_file.parent / "root", run_file.parent / "judge-requests.jsonl"
-    question = Chat(scripted_model).prompt([{"role": "user", "content": PROBE}])
+    question = [Turn(role="user", content=PROBE)]
     probes: list[Completion] = []
     real = rl.train_rl
 
@@ -337,7 +338,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> N
 
 @pytest.mark.soak
 def test_a_restarted_engine_answers_with_the_weights_it_was_given(servers: None, tiny_model: str, scripted_model: str) -> None:
-    question = Chat(tiny_model).prompt([{"role": "user", "content": PROBE}])
+    question = [Turn(role="user", content=PROBE)]
     config = EngineConfig(model=tiny_model, dtype="float32", max_model_len=512, kv_cache_gib=0.25)
     with Pool(config, receives_weights=True) as pool:
         fleet = pool.fleet()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import fake_text
-from cluster.chat import Chat
+from cluster.chat import Turn, chat_of
 from cluster.engine import Completion, EngineConfig, EngineDied, FakeConfig, Sampling
 from cluster.fake_engine import FakeEngine, fake_model
 from cluster.serving import Metered, NotAnswered, Served
@@ -19,7 +19,7 @@ from tasks.judge import SUBSCORES_FULL, _schema, parse_scores
 from tasks.policy import load_policy
 
 POLICY = load_policy(Path(__file__).parent.parent / "specs" / "policies" / "base")
-PROMPT = [5, 6, 7]
+PROMPT = [Turn(role="user", content="What is this?")]
 
 
 def engine(**fake: Any) -> FakeEngine:
@@ -51,19 +51,19 @@ def test_a_long_answer_is_cut() -> None:
 
 def test_it_obeys_the_grammar_of_thoughts_and_the_schema_of_verdicts() -> None:
     fake = engine()
-    chat = Chat(fake_model(fake.config).path)
+    chat = chat_of(fake_model(fake.config).path)
     held = thoughts.grammar(POLICY, 120, 120)
     for seed in range(50):
         parts = thoughts.split(draw(fake, seed, grammar=held).token_ids, chat)
         assert isinstance(parts, thoughts.Parts) and parts.answer
         assert thoughts.cited_verdict(parts.thought) and set(thoughts.cited_clauses(parts.thought)) <= set(POLICY.clauses)
-        raw = chat.decode(draw(fake, seed, json_schema=_schema(4)).token_ids)
+        raw = draw(fake, seed, json_schema=_schema(4)).text
         assert parse_scores(raw, SUBSCORES_FULL)
 
 
 def test_a_malformed_answer_ignores_the_schema() -> None:
     fake = engine(malformed=1.0)
-    raw = Chat(fake_model(fake.config).path).decode(draw(fake, json_schema=_schema(4)).token_ids)
+    raw = draw(fake, json_schema=_schema(4)).text
     assert parse_scores(raw, SUBSCORES_FULL) is None
 
 
@@ -92,7 +92,7 @@ def test_what_is_not_answered_is_asked_again_and_counted() -> None:
     for seed in range(4):
         run(metered.complete(PROMPT, Sampling(1.0, 8, seed)))
     assert metered.usage.requests == 4 and metered.usage.retries > 0
-    assert metered.usage.prompt_tokens == 4 * len(PROMPT) and metered.usage.completion_tokens == 4 * 8
+    assert metered.usage.prompt_tokens == 4 * draw(engine()).prompt_tokens and metered.usage.completion_tokens == 4 * 8
 
 
 def test_what_is_never_answered_is_given_up() -> None:

@@ -116,7 +116,7 @@ def test_refusals_are_found_where_people_found_them(test_data: Path):
 
 
 def test_the_rollouts_of_a_group_meet_the_judge_with_different_seeds():
-    drawn = [Drawn("p1", sample, sample, [], Completion([], "stop", 0, 0), "", Malformed("no_thought")) for sample in range(4)]
+    drawn = [Drawn("p1", sample, sample, Completion("", "stop", 0, 0, 0), Malformed("no_thought")) for sample in range(4)]
     assert len({seed_of(0, completion.name, 0) for completion in drawn}) == 4
 
 

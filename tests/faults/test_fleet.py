@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
+from cluster.chat import Turn
 from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
 from cluster.errors import SpecmillError
 from cluster.fleet import Stage
 from cluster.pool import Pool
 from cluster.serving import NotAnswered
-from tasks.complete import chat_of
 
 pytestmark = pytest.mark.slow
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
@@ -29,22 +29,20 @@ POISON = "xyzzy"
 
 @dataclass(frozen=True)
 class Texts:
-    """A shard: texts to send to the engine as they are."""
+    """A shard: texts to send to the engine, each a conversation of one turn."""
 
-    model: str
     texts: tuple[str, ...]
 
 
 async def echo(engine: Engine, shard: Texts) -> list[tuple[str, str]]:
     """(text, what became of it)."""
-    chat = chat_of(shard.model)
 
     async def one(text: str) -> tuple[str, str]:
         try:
-            drawn = await engine.complete(chat.text(text), Sampling(1.0, 64, seed=7))
+            drawn = await engine.complete([Turn(role="user", content=text)], Sampling(1.0, 64, seed=7))
         except NotAnswered as error:
             return text, f"given up: {error}"
-        return text, chat.decode(drawn.token_ids)
+        return text, drawn.text
 
     return list(await asyncio.gather(*map(one, shard.texts)))
 
@@ -79,7 +77,7 @@ def echoed(texts: list[str], engines: int = 2, stage: Stage = ECHO, shard: int =
     fake = FakeConfig(**{name: value for name, value in settings.items() if name in FakeConfig.model_fields})
     others = {name: value for name, value in settings.items() if name not in FakeConfig.model_fields}
     with Pool(EngineConfig(backend="fake", fake=fake, engines=engines, max_num_seqs=16, **others)) as pool:
-        shards = [Texts(pool.model.path, tuple(texts[start : start + shard])) for start in range(0, len(texts), shard)]
+        shards = [Texts(tuple(texts[start : start + shard])) for start in range(0, len(texts), shard)]
         finished = list(pool.map(stage, shards))
     rows = [row for done in finished for row in done.result]
     assert sorted(text for text, _ in rows) == sorted(texts), "every text once"
@@ -129,7 +127,7 @@ def test_a_killed_actor_comes_back_and_nothing_is_lost(ray: None) -> None:
     config = EngineConfig(backend="fake", engines=2, max_num_seqs=4, fake=FakeConfig(latency_seconds=0.2))
     with Pool(config) as pool:
         pids = [done.result for done in pool.map(Stage(run=process_id, size=lambda shard: 1), [None, None])]
-        shards = [Texts(pool.model.path, (text,)) for text in TEXTS[:40]]
+        shards = [Texts((text,)) for text in TEXTS[:40]]
         became: dict[str, str] = {}
         for number, done in enumerate(pool.map(ECHO, shards)):
             became |= dict(done.result)
