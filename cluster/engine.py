@@ -1,10 +1,12 @@
 """What an inference engine is to the rest of the house: a conversation in, a completion out. Knows nothing of policies and thoughts."""
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.chat import Chat, Turn
 from cluster.errors import UserError
@@ -27,16 +29,78 @@ class FakeConfig(BaseModel):
     die_on: str | None = Field(None, min_length=1, title="Deadly text", description="A prompt that holds this text kills the engine.")
 
 
-class EngineConfig(BaseModel):
-    """How one model is served. Fields that are not part of a result's identity: everything but `model`, `revision` and a fake's `seed`."""
+class EndpointConfig(BaseModel):
+    """Where an OpenAI-compatible server is, and what it can and costs. Prices are in one currency, per million tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backend: Literal["vllm", "fake"] = Field("vllm", title="Backend", description="`vllm`, or `fake`: no model, for tests of the machine.")
-    fake: FakeConfig = Field(FakeConfig(), title="Fake", description="What a fake engine does.")
+    url: str = Field(title="URL", description="Address of the API, usually with `/v1` at the end. No part of any key.")
+    key_variable: str | None = Field(
+        "OPENAI_API_KEY",
+        pattern=r"^[A-Z_][A-Z0-9_]*$",
+        title="Key variable",
+        description="Name of the environment variable that holds the key, never the key; null: no key is needed.",
+    )
+    structured: Literal["json_schema", "none"] = Field(
+        "json_schema",
+        title="Structured output",
+        description="`json_schema`: a verdict is held by its schema, a list. `none`: for endpoints that cannot; it is only asked for.",
+    )
+    thinking_tokens: int = Field(
+        0, ge=0, title="Thinking", description="Tokens that a reasoning model may spend on its thought before an answer held by a schema."
+    )
+    prompt_price: float = Field(0, ge=0, title="Prompt price", description="Price of a million prompt tokens that were not cached.")
+    cached_price: float = Field(0, ge=0, title="Cached price", description="Price of a million prompt tokens that were.")
+    completion_price: float = Field(0, ge=0, title="Completion price", description="Price of a million drawn tokens, thoughts included.")
 
-    model: str = Field("default", title="Model", description="`default` (SmolLM2-135M), a checkpoint directory, or a hub id.")
-    revision: str | None = Field(None, title="Revision", description="A hub commit; read from the weights when left out.")
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected an address that begins with http:// or https://")
+        return url
+
+    @property
+    def host(self) -> str:
+        """Name or number of the machine that requests are sent to, in lower case."""
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def loopback(self) -> bool:
+        """Whether that is this machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def cost(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:
+        """Price of so many tokens; the cached ones are among those of the prompt."""
+        fresh = prompt_tokens - cached_tokens
+        return (fresh * self.prompt_price + cached_tokens * self.cached_price + completion_tokens * self.completion_price) / 1e6
+
+
+class EngineConfig(BaseModel):
+    """How one model is served. Part of a result's identity: `model`, `revision`, a fake's `seed`, and `identity`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: Literal["vllm", "openai", "fake"] = Field(
+        "vllm",
+        title="Backend",
+        description="`vllm`; `openai`: a server that speaks its protocol; `fake`: no model, for tests of the machine.",
+    )
+    fake: FakeConfig = Field(FakeConfig(), title="Fake", description="What a fake engine does.")
+    endpoint: EndpointConfig | None = Field(None, title="Endpoint", description="The server, for the backend `openai`.")
+
+    model: str = Field(
+        "default", title="Model", description="`default` (SmolLM2-135M), a checkpoint directory, a hub id, or what an endpoint calls it."
+    )
+    revision: str | None = Field(
+        None,
+        title="Revision",
+        description="A hub commit; read from the weights when left out. Of an endpoint's model: its date, or `unversioned`.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", title="Precision", description="Precision of the weights.")
     max_model_len: int = Field(8192, ge=256, title="Context", description="Longest prompt plus completion, in tokens.")
     max_num_seqs: int = Field(64, ge=1, title="Batch", description="Requests that one engine works on at the same time.")
@@ -51,6 +115,30 @@ class EngineConfig(BaseModel):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, title="GPU memory", description="Share of the GPU's memory for this engine; engines that share one add up to 1."
     )
+
+    @model_validator(mode="after")
+    def _names_an_endpoint(self) -> "EngineConfig":
+        if self.backend == "openai" and self.endpoint is None:
+            raise ValueError("backend `openai` needs an `endpoint` with a `url`")
+        if self.backend == "openai" and not self.revision:
+            raise ValueError(
+                "state the `revision` of the endpoint's model, or `unversioned`: nothing else would say that its answers changed"
+            )
+        return self
+
+    @property
+    def remote(self) -> EndpointConfig | None:
+        """The endpoint that answers, if one does."""
+        return self.endpoint if self.backend == "openai" else None
+
+    def identity(self, held: bool = False) -> dict[str, object]:
+        """What of this, beside the model, makes an answer another one, or one that is `held` by a schema.
+
+        Here that is the context; an endpoint's is known to the endpoint alone.
+        """
+        if self.remote is None:
+            return {"context": self.max_model_len}
+        return {"structured": self.remote.structured, "thinking": self.remote.thinking_tokens} if held else {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +155,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine answered. `finish_reason` is `stop` or `length`; `logprobs` of the drawn tokens, if asked for."""
+    """What an engine answered. `finish_reason` is `stop` or `length`; `logprobs` of the drawn tokens, if asked for.
+
+    An endpoint gives no ids. Its `text` is what comes after the thought, and `thought` what it gives apart as that, None if nothing.
+    """
 
     text: str
     finish_reason: str
@@ -77,10 +168,19 @@ class Completion:
     prompt_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    thought: str | None = None
 
 
 class Unavailable(Exception):
     """This request was not answered, another attempt may be: a dropped connection, an overloaded server."""
+
+
+class Busy(Unavailable):
+    """The server answers nobody now, or not so many: nothing is wrong with this request. It is to be asked again after `pause` seconds."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
 
 
 class EngineDied(Exception):

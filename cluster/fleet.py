@@ -21,6 +21,7 @@ from cluster.engine import EngineConfig, EngineDied
 from cluster.errors import SpecmillError
 from cluster.fake_engine import FakeEngine
 from cluster.models import Model
+from cluster.openai_engine import OpenAIEngine
 from cluster.serving import Metered, Served, Usage
 from cluster.vllm_engine import VllmEngine
 
@@ -81,7 +82,7 @@ class EngineActor:
             core = cores[number % len(cores)]
             os.sched_setaffinity(0, {core})
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
-        self._engine: Any = FakeEngine(model, config) if config.backend == "fake" else VllmEngine(model, config, receives_weights)
+        self._engine = _engine(model, config, receives_weights)
         self._served = Served(self._engine, config)
         self._turn = asyncio.Lock()
         self._ready = False
@@ -110,6 +111,12 @@ class EngineActor:
     def stop(self) -> None:
         """Ends the engine."""
         self._engine.stop()
+
+
+def _engine(model: Model, config: EngineConfig, receives_weights: bool) -> Any:
+    if config.remote:
+        return OpenAIEngine(config, config.remote)
+    return FakeEngine(model, config) if config.backend == "fake" else VllmEngine(model, config, receives_weights)
 
 
 async def _alive(work: Awaitable[Any]) -> Any:

@@ -25,11 +25,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class Model:
-    """A model whose files are on this machine: a directory, a public id and a revision that changes with the weights."""
+    """A model: a directory on this machine, empty for one behind an endpoint; a public id; a revision that changes with the weights."""
 
     path: str
     id: str
     revision: str
+
+    @property
+    def here(self) -> bool:
+        """Whether its files are on this machine."""
+        return bool(self.path)
 
 
 def cache_dir() -> Path:

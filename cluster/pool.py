@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from cluster.engine import EngineConfig
 from cluster.errors import UserError
 from cluster.fake_engine import fake_model
 from cluster.fleet import Done, EngineActor, Fleet, ResultT, ShardT, Stage, answer
-from cluster.models import resolve_model
+from cluster.models import Model, resolve_model
+from cluster.openai_engine import endpoint_key, endpoint_model
 from cluster.vllm_engine import environment
 
 ENGINE_OVERHEAD_GIB = 1.5
@@ -26,7 +28,6 @@ class Pool:
 
     def __init__(self, config: EngineConfig, receives_weights: bool = False) -> None:
         self.config, self.receives_weights = config, receives_weights
-        self.model = fake_model(config) if config.backend == "fake" else resolve_model(config.model, config.revision)
         self._fleet: Fleet | None = None
 
     def __enter__(self) -> "Pool":
@@ -34,6 +35,13 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @cached_property
+    def model(self) -> Model:
+        """The model that is served. Raises UserError when there is no such model."""
+        if self.config.remote:
+            return endpoint_model(self.config)
+        return fake_model(self.config) if self.config.backend == "fake" else resolve_model(self.config.model, self.config.revision)
 
     @property
     def started(self) -> bool:
@@ -58,7 +66,7 @@ class Pool:
 
     def check_memory(self) -> None:
         """Raises UserError when CPU engines do not fit in this machine's free memory; of a cluster's nodes it knows nothing."""
-        if self.config.backend == "fake" or self.config.gpus or "RAY_ADDRESS" in os.environ:
+        if self.config.backend != "vllm" or self.config.gpus or "RAY_ADDRESS" in os.environ:
             return
         weights = sum(file.stat().st_size for file in Path(self.model.path).glob("*.safetensors")) / 2**30
         scale = 2 if self.config.dtype == "float32" else 1
@@ -70,9 +78,14 @@ class Pool:
                 "Lower `engines` or `kv_cache_gib`, or take a smaller model."
             )
 
+    def check_key(self) -> None:
+        """Raises UserError when the key of an endpoint is not in this process's environment; of a cluster's nodes it knows nothing."""
+        if self.config.remote and "RAY_ADDRESS" not in os.environ:
+            endpoint_key(self.config.remote)
+
     def _check_gpus(self) -> None:
         """Without this, Ray would wait for the GPUs for ever."""
-        need = self.config.engines * self.config.gpus
+        need = 0 if self.config.remote else self.config.engines * self.config.gpus
         total, free = (resources().get("GPU", 0.0) for resources in (ray.cluster_resources, ray.available_resources))
         if need > free:
             raise UserError(
@@ -93,8 +106,8 @@ class Pool:
 
     def _actor(self, number: int) -> Any:
         options = {
-            "num_cpus": 1,
-            "num_gpus": self.config.gpus,
+            "num_cpus": 0 if self.config.remote else 1,
+            "num_gpus": 0 if self.config.remote else self.config.gpus,
             "max_restarts": -1,
             "max_concurrency": 64,
             "runtime_env": {"env_vars": environment(self.config) if self.config.backend == "vllm" else {}},

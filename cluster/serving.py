@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cluster.chat import Turn
-from cluster.engine import Completion, Engine, EngineConfig, EngineDied, Sampling, Unavailable
+from cluster.engine import Busy, Completion, Engine, EngineConfig, EngineDied, Sampling, Unavailable
+from cluster.errors import SpecmillError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first and the last retry of a request that was not answered; each pause is drawn below its bound (full jitter)."""
@@ -18,7 +19,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 @dataclass
 class Usage:
-    """What requests cost. `busy_seconds`: time in which the engine had something to do, counted for one shard only."""
+    """What requests cost. `busy_seconds`: time in which the engine had something to do, counted for one shard only; `cost`: money."""
 
     requests: int = 0
     retries: int = 0
@@ -26,6 +27,7 @@ class Usage:
     cached_tokens: int = 0
     completion_tokens: int = 0
     busy_seconds: float = 0.0
+    cost: float = 0.0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -33,7 +35,7 @@ class Usage:
     def scaled(self, share: float) -> "Usage":
         """What so much of it costs."""
         counts = {field.name: round(getattr(self, field.name) * share) for field in fields(self)}
-        return Usage(**counts | {"busy_seconds": self.busy_seconds * share})
+        return Usage(**counts | {"busy_seconds": self.busy_seconds * share, "cost": self.cost * share})
 
 
 class NotAnswered(ValueError):
@@ -50,22 +52,36 @@ class Served:
         self._busy = 0.0
 
     async def complete(self, turns: Sequence[Turn], sampling: Sampling, usage: Usage) -> Completion:
-        """Draws one completion, trying again where no answer came. Raises NotAnswered, ValueError for a refusal, and EngineDied."""
-        for attempt in range(self.config.attempts):
-            if attempt:
-                usage.retries += 1
-                await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)))
+        """Draws one completion, trying again where no answer came. Raises NotAnswered, ValueError for a refusal, and EngineDied.
+
+        A busy server is no fault of a request and counts as no attempt; one that is so for `request_seconds` ends the run (SpecmillError).
+        """
+        asked, failed, tries = time.monotonic(), 0, 0
+        while True:
             try:
                 answer = await self._watched(turns, sampling)
+            except Busy as error:
+                reason, pause = str(error), error.pause
+                if time.monotonic() - asked >= self.config.request_seconds:
+                    raise SpecmillError(f"{reason}, and has been for {self.config.request_seconds:g} s. What is made is kept.") from None
             except Unavailable as error:
-                reason = str(error)
-                continue
-            usage.requests += 1
-            usage.prompt_tokens += answer.prompt_tokens
-            usage.cached_tokens += answer.cached_tokens
-            usage.completion_tokens += answer.completion_tokens
-            return answer
-        raise NotAnswered(f"no answer in {self.config.attempts} attempts; the last: {reason}")
+                reason, pause, failed = str(error), 0.0, failed + 1
+            else:
+                self._count(answer, usage)
+                return answer
+            if failed >= self.config.attempts:
+                raise NotAnswered(f"no answer in {self.config.attempts} attempts; the last: {reason}")
+            tries += 1
+            usage.retries += 1
+            await asyncio.sleep(pause + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 10))))
+
+    def _count(self, answer: Completion, usage: Usage) -> None:
+        tokens = answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens
+        usage.requests += 1
+        usage.prompt_tokens += tokens[0]
+        usage.cached_tokens += tokens[1]
+        usage.completion_tokens += tokens[2]
+        usage.cost += self.config.remote.cost(*tokens) if self.config.remote else 0.0
 
     def busy_seconds(self) -> float:
         """Time with something to do since the last call."""
