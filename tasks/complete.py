@@ -17,7 +17,7 @@ from cluster.errors import UserError
 from cluster.fleet import Stage
 from cluster.models import Model
 from tasks import tables, thoughts
-from tasks.compose import TEMPLATE_HASH, Placement, generator_turns, plain_turns
+from tasks.compose import APART_TEMPLATE_HASH, TEMPLATE_HASH, Placement, generator_turns, plain_turns
 from tasks.gates import Gates, gate
 from tasks.keys import KEY_BYTES, completion_key, digest, request_prefix
 from tasks.policy import Policy, Spec, render
@@ -27,6 +27,8 @@ from tasks.validation import Strict
 from tasks.work import Pairs, Receipt
 
 STAGE = "completions"
+ENDPOINT = "endpoint"
+"""Stands for the chat template of a model behind an endpoint, which knows it alone."""
 
 
 class GenerateConfig(Strict):
@@ -73,14 +75,31 @@ class CompletionShard:
     pairs: Pairs
 
 
+def tokenizer(model: Model) -> Chat | None:
+    """The tokenizer and template of a model that is served here; None for one behind an endpoint, which is sent the turns."""
+    return chat_of(model.path) if model.here else None
+
+
+def template_of(model: Model) -> str:
+    """Identity of a model's chat template."""
+    chat = tokenizer(model)
+    return chat.hash if chat else ENDPOINT
+
+
 def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, Request]:
     """Category -> what its prompts are asked.
 
-    Raises UserError when the grammar's longest output does not fit `max_tokens`, or spec and completion not the engine's context.
+    Raises UserError when the grammar's longest output does not fit `max_tokens`, spec and completion not the engine's context, or when a
+    grammar is to hold what an endpoint draws.
     """
-    chat = chat_of(model.path)
+    chat = tokenizer(model)
     held = None
     if config.thought_format == "guided":
+        if chat is None:
+            raise UserError(
+                "generate.thought_format: `guided` needs a grammar, which an endpoint does not take. Set `native`: the thought is then "
+                "what the endpoint gives apart as the model's reasoning."
+            )
         held = thoughts.grammar(policy, config.thought_characters, config.answer_characters, _begins_in_thought(chat))
         longest = thoughts.longest_output(policy, config.thought_characters, config.answer_characters)
         if longest > config.max_tokens:
@@ -88,15 +107,18 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
                 f"generate.max_tokens: {config.max_tokens} is below the grammar's longest output ({longest} tokens); "
                 "raise it, or lower thought_characters or answer_characters."
             )
-    template = digest([chat.hash, TEMPLATE_HASH, config.placement, thoughts.FORMAT_VERSION, held])
+    turns = TEMPLATE_HASH if chat else APART_TEMPLATE_HASH
+    template = digest([template_of(model), turns, config.placement, thoughts.FORMAT_VERSION, held])
     # The context is no detail of serving: a completion that it cuts short, or a prompt that it has no room for, is another result.
     context = config.engine.max_model_len
-    sampling = {"temperature": config.temperature, "seed": config.seed, "max_tokens": config.max_tokens, "context": context}
+    sampling = {"temperature": config.temperature, "seed": config.seed, "max_tokens": config.max_tokens, **config.engine.identity()}
     found = {}
     for category in policy.categories:
         spec = render(policy, category, config.render_mode)
         prefix = request_prefix(spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling)
         found[category] = Request(category, spec, model, prefix, template, digest(sampling), held)
+        if chat is None:
+            continue
         empty = len(chat.prompt(generator_turns(spec, (Message(role="user", content="?"),), config.placement)))
         if empty + config.max_tokens > context:
             raise UserError(
@@ -111,9 +133,8 @@ async def complete_shard(engine: Engine, shard: CompletionShard) -> Receipt:
 
     Files are read and written in threads: the engine has other shards to go on with.
     """
-    chat = chat_of(shard.model.path)
     prompts = await asyncio.to_thread(_prompts, shard.root, shard.part)
-    rows = await asyncio.gather(*(_draw(engine, shard, prompts[row], sample, chat) for row, sample in shard.pairs))
+    rows = await asyncio.gather(*(_draw(engine, shard, prompts[row], sample) for row, sample in shard.pairs))
     return await asyncio.to_thread(_write, shard, rows)
 
 
@@ -163,19 +184,19 @@ def _row(shard: CompletionShard, prompt: dict[str, Any], sample: int) -> dict[st
     }
 
 
-async def _draw(engine: Engine, shard: CompletionShard, prompt: dict[str, Any], sample: int, chat: Chat) -> dict[str, Any]:
+async def _draw(engine: Engine, shard: CompletionShard, prompt: dict[str, Any], sample: int) -> dict[str, Any]:
     config, row = shard.config, _row(shard, prompt, sample)
     messages = [Message.model_validate(turn) for turn in prompt["messages"]]
-    turns = generator_turns(shard.request.spec, messages, config.placement)
+    turns = generator_turns(shard.request.spec, messages, config.placement, apart=not shard.model.here)
     try:
         drawn = await engine.complete(turns, Sampling(config.temperature, config.max_tokens, row["seed"], grammar=shard.request.grammar))
     except ValueError as error:
         return row | {"quarantined": f"the engine gave no completion: {error}"}
-    return row | _outcome(drawn, chat)
+    return row | _outcome(drawn, tokenizer(shard.model))
 
 
-def _outcome(drawn: Completion, chat: Chat) -> dict[str, Any]:
-    parts = thoughts.split(drawn.token_ids, chat, thoughts.opened(drawn.prompt_ids, chat))
+def _outcome(drawn: Completion, chat: Chat | None) -> dict[str, Any]:
+    parts = thoughts.parts_of(drawn, chat)
     thought, answer = (parts.thought, parts.answer) if isinstance(parts, thoughts.Parts) else (None, None)
     return {
         "token_ids": drawn.token_ids,

@@ -14,12 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from cluster.chat import chat_of
 from cluster.engine import Engine, EngineConfig, Sampling
 from cluster.fleet import Stage
 from cluster.models import Model
 from tasks import tables
-from tasks.complete import seed_of
+from tasks.complete import seed_of, template_of
 from tasks.compose import JUDGE_TEMPLATE_HASH, SUBSCORES_BLIND, SUBSCORES_FULL, BlindCase, FullCase, judge_turns
 from tasks.keys import digest, judgement_key
 from tasks.keyset import Keys, keys_of
@@ -90,9 +89,8 @@ class JudgementShard:
 
 def judge_hash(model: Model, config: JudgeConfig, view: str) -> str:
     """Digest of everything that makes a judge's verdict, beside the material: model, revision, template, sampling, view."""
-    context = config.engine.max_model_len
-    sampling = {"temperature": config.temperature, "seed": config.seed, "attempts": config.attempts, "context": context}
-    return digest([model.id, model.revision, chat_of(model.path).hash, JUDGE_TEMPLATE_HASH, sampling, view])
+    sampling = {"temperature": config.temperature, "seed": config.seed, "attempts": config.attempts, **config.engine.identity(held=True)}
+    return digest([model.id, model.revision, template_of(model), JUDGE_TEMPLATE_HASH, sampling, view])
 
 
 async def judge(engine: Engine, spec: Spec, case: FullCase | BlindCase, config: JudgeConfig, name: str, run: int) -> Verdict:

@@ -92,7 +92,7 @@ async def draw(engine: Engine, shard: DrawShard) -> list[Drawn]:
         seed = seed_of(shard.seed, prompt_hash(prompt.messages), sample)
         sampling = Sampling(shard.temperature, shard.max_tokens, seed, logprobs=True)
         drawn = await engine.complete(plain_turns(prompt.messages), sampling)
-        parts = thoughts.split(drawn.token_ids, chat, thoughts.opened(drawn.prompt_ids, chat))
+        parts = thoughts.parts_of(drawn, chat)
         return Drawn(prompt.id, sample, seed, drawn, parts)
 
     return list(await asyncio.gather(*(one(prompt, sample) for prompt in shard.prompts for sample in range(shard.samples))))

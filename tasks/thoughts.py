@@ -10,12 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.chat import Chat
+from cluster.engine import Completion
 from tasks.policy import VERDICTS, Policy, Verdict
 
 OPEN, CLOSE = "<think>", "</think>"
 FORMAT_VERSION = 1
 NO_THOUGHT = "no_thought"
 """The fault of a completion that holds neither marker: all of it is an answer."""
+WITHHELD = "thought_withheld"
+"""The fault of an endpoint's completion that came without the field for its thought: there is nothing to judge or to learn."""
 BYTES_PER_CHARACTER = 4
 """UTF-8's longest character; a byte-level tokenizer spends at most one token on a byte."""
 
@@ -44,6 +47,17 @@ def opened(prompt_ids: Sequence[int], chat: Chat) -> bool:
     """Whether a prompt ends inside a thought, because the chat template begins the assistant's turn with one."""
     tail = "".join(chat.pieces(prompt_ids[-12:]))
     return tail.rstrip().endswith(OPEN)
+
+
+def parts_of(drawn: Completion, chat: Chat | None) -> Parts | Malformed:
+    """Thought and answer: split on token ids, or, where an endpoint drew (`chat` is None), as it gave them, which marks neither."""
+    if chat is not None:
+        return split(drawn.token_ids, chat, opened(drawn.prompt_ids, chat))
+    if drawn.thought is None:
+        return Malformed(WITHHELD)
+    if any(marker in text for marker in (OPEN, CLOSE) for text in (drawn.thought, drawn.text)):
+        return Malformed("several_thoughts")
+    return Parts(drawn.thought.strip(), drawn.text.strip(), 0)
 
 
 def split(ids: Sequence[int], chat: Chat, opened: bool = False) -> Parts | Malformed:
