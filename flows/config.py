@@ -30,6 +30,11 @@ class RunConfig(Strict):
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", title="Name", description="Names the dataset and the report.")
     root: str = Field("./out", title="Root", description="Where everything is written: a directory.")
     lease_seconds: float = Field(30, gt=0, title="Lease", description="A run whose ledger has not moved for so long is taken to be dead.")
+    sent_to: dict[str, tuple[str, ...]] = Field(
+        {},
+        title="Sent to",
+        description="Category -> hosts of endpoints that its prompts, answers and spec may be sent to; a category left out stays here.",
+    )
     policy: str = Field("specs/policies/base", title="Policy", description="Policy bundle, relative to the run file that names it.")
     prompts: Sources = Field(
         (Source(path="specs/prompts"),),
@@ -50,7 +55,7 @@ class RunConfig(Strict):
 
     def parameters(self) -> dict[str, Any]:
         """What the run computes. Where and by how many workers it is computed, and how it is called, is left out."""
-        content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "policy", "prompts", "overlap"})
+        content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "sent_to", "policy", "prompts", "overlap"})
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
         for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"}), ("sft", UNIMPORTANT), ("rl", UNIMPORTANT)):
@@ -121,11 +126,11 @@ def _absolute(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 
 def _name_evaluated_model(content: dict[str, Any]) -> None:
-    """What is evaluated is the generator's model, so it need not be named twice."""
+    """What is evaluated is the generator's model, so it need not be named twice; an endpoint's takes no weights."""
     asked = content.get("generate")
     served = asked.get("engine") if isinstance(asked, dict) else None
     evaluated = content.setdefault("evaluate", {})
-    if isinstance(served, dict) and isinstance(evaluated, dict):
+    if isinstance(served, dict) and isinstance(evaluated, dict) and served.get("backend") != "openai":
         engine = evaluated.setdefault("engine", {})
         if isinstance(engine, dict):
             for name in ("model", "revision", "dtype", "backend", "fake"):

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from cluster.engine import EngineConfig
 from cluster.serving import Usage
 from flows.terminal import aligned
-from flows.workspace import Workspace, survey
+from flows.workspace import Workspace, host_outside, survey
 from tasks import complete, judge
 from tasks.complete import Request
 from tasks.keyset import KeySet, column_keys
@@ -32,6 +32,8 @@ class Line:
     wanted: int = 0
     reused: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    host: str | None = None
+    """Where they are sent to, if they leave this machine or cluster."""
 
     @property
     def to_do(self) -> int:
@@ -41,31 +43,50 @@ class Line:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage's work will cost, judged by what its rows cost so far; None when there are none."""
+    """What a stage's work will cost, judged by what its rows cost so far; None when there are none. `price`: in money, of an endpoint."""
 
     stage: str
     rows: int
     usage: Usage | None
     engines: int
+    price: float | None = None
 
 
 def plan(run: Workspace) -> tuple[list[Line], list[Estimate]]:
     """The lines of both stages by category, and what they will cost."""
     completions, judgements = Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE)
     wanted, _ = survey(run, completions, judgements)
-    return [*_complete_lines(run, wanted, completions), *_judge_lines(run, wanted, judgements)], [
+    lines = [*_complete_lines(run, wanted, completions), *_judge_lines(run, wanted, judgements)]
+    hosts = {"complete": host_outside(run.config.generate.engine), "judge": host_outside(run.config.judge.engine)}
+    for line in lines:
+        line.host = hosts[line.stage]
+    return lines, [
         _estimate(completions, int((~wanted.made).sum()), run.config.generate.engine),
         _estimate(judgements, _runs_to_make(run, wanted), run.config.judge.engine),
     ]
 
 
 def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate]) -> str:
-    """The plan as two tables for the terminal."""
+    """The plan for the terminal: a table, what would leave this machine, and what it will cost."""
+    lines = list(lines)
     rows = [["stage", "category", "wanted", "reused", "to do", "why"]]
     for line in lines:
         why = ", ".join(f"{count} {reason}" for reason, count in line.reasons.most_common())
         rows.append([line.stage, line.category, str(line.wanted), str(line.reused), str(line.to_do), why])
-    return "\n".join([*aligned(rows), "", *map(_sentence, estimates)])
+    return "\n".join([*aligned(rows), "", *_leaving(lines), *map(_sentence, estimates)])
+
+
+def _leaving(lines: Iterable[Line]) -> list[str]:
+    """Which rows of which categories would be sent to which host, a sentence for each stage and host."""
+    sent: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        if line.host and line.to_do:
+            sent[line.stage, line.host].append(line)
+    return [
+        f"{stage}: {sum(line.to_do for line in group)} rows would leave this machine for {host}: "
+        + ", ".join(f"{line.to_do} {line.category}" for line in group)
+        for (stage, host), group in sent.items()
+    ] or ["nothing would leave this machine"]
 
 
 def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line]:
@@ -147,7 +168,9 @@ def _reason(older: list[dict[str, Any]], sample: int, asked: Request) -> str:
 
 def _estimate(ledger: Ledger, rows: int, engine: EngineConfig) -> Estimate:
     state = ledger.read()
-    return Estimate(ledger.stage, rows, state.usage.scaled(rows / state.made) if state.made else None, engine.engines)
+    usage = state.usage.scaled(rows / state.made) if state.made else None
+    price = engine.remote.cost(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) if engine.remote and usage else None
+    return Estimate(ledger.stage, rows, usage, engine.engines, price)
 
 
 def _sentence(estimate: Estimate) -> str:
@@ -160,4 +183,5 @@ def _sentence(estimate: Estimate) -> str:
     return (
         f"{estimate.stage}: {estimate.rows} rows, about {cost.prompt_tokens:,} prompt tokens ({cost.cached_tokens:,} cached) and "
         f"{cost.completion_tokens:,} to draw, {minutes:,.1f} minutes on {estimate.engines} engines at the speed so far"
+        + (f", for {estimate.price:,.2f} at the endpoint's prices" if estimate.price is not None else "")
     )

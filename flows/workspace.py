@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cluster.chat import chat_of
+from cluster.engine import EngineConfig
 from cluster.errors import UserError
 from cluster.models import Model
 from cluster.pool import Pool
@@ -85,6 +86,10 @@ class Workspace:
         """Category -> lowest score that is kept."""
         return {category: self.config.select.limit(category) for category in self.policy.categories}
 
+    def allowed_hosts(self, category: str) -> set[str]:
+        """Hosts that what belongs to a category may be sent to, in lower case."""
+        return {host.lower() for host in self.config.sent_to.get(category, ())}
+
     def judgement_shard(self, source: Shard, category: str, pairs: Pairs) -> JudgementShard:
         """Runs of the judge on completions of one shard."""
         spec, limit = self.specs[category], self.limits[category]
@@ -103,8 +108,8 @@ class Workspace:
 
     @property
     def base_model(self) -> Model:
-        """The model that is trained: the generator."""
-        return self.generator.model
+        """The model that is trained: the generator, or, where that is behind an endpoint, the one that `evaluate` names."""
+        return self.policy_engine.model
 
     def tell_speed(self, pool: Pool, wall: Wall, tallies: dict[str, Tally]) -> None:
         """Remembers and tells how fast engines of a pool made what."""
@@ -156,9 +161,11 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
-    if policy_engine.model != generator.model:
+    if config.evaluate.engine.remote:
+        raise UserError("evaluate.engine.backend: an endpoint takes no weights, and RL and evaluation replace them by each checkpoint's.")
+    if generator.model.here and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    for pool in (generator, judge, policy_engine):
+    for pool in (generator, judge, *([policy_engine] if trains else [])):
         pool.check_memory()
     workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine)
     _check(workspace)
@@ -178,11 +185,30 @@ def _check(run: Workspace) -> None:
     """What would otherwise be found out hours later. Raises UserError."""
     config = run.config
     run.requests  # noqa: B018  (raises when a grammar or a policy does not fit)
-    for category in config.select.category_threshold:
-        if category not in run.policy.categories:
-            raise UserError(f"select.category_threshold: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
+    for name, categories in (("select.category_threshold", config.select.category_threshold), ("sent_to", config.sent_to)):
+        for category in categories:
+            if category not in run.policy.categories:
+                raise UserError(f"{name}: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
+    for stage, engine in (("generate", config.generate.engine), ("judge", config.judge.engine)):
+        _check_host(run, stage, engine)
     if not run.prompts.size("sft"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'sft'. Add scenario groups.")
+
+
+def _check_host(run: Workspace, stage: str, engine: EngineConfig) -> None:
+    """Raises UserError when a category that has prompts may not be sent to the endpoint of a stage."""
+    host = host_outside(engine)
+    closed = [name for name in sorted({part.category for part in run.prompts.parts}) if host not in run.allowed_hosts(name)]
+    if host and closed:
+        raise UserError(
+            f"{stage}.engine.endpoint: the run file does not allow sending {', '.join(closed)} to {host}. Add the host to `sent_to` "
+            "of each category that may leave this machine, or take the prompts of the others out."
+        )
+
+
+def host_outside(engine: EngineConfig) -> str | None:
+    """The host that an engine sends its requests to, None when they stay on this machine or cluster."""
+    return engine.remote.host if engine.remote and not engine.remote.loopback else None
 
 
 def _check_training(run: Workspace) -> None:
@@ -211,6 +237,8 @@ def _check_training(run: Workspace) -> None:
 
 def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
     workspace = prepare(request, trains)
+    for pool in (workspace.generator, workspace.judge):
+        pool.check_key()
     counts, shown = workspace.prompts.counts, workspace.prompts.manifest["quarantined"]
     say(f"run {workspace.run_id}: {counts['prompts']} prompts, {counts['capability']} capability rows -> {workspace.store.root}")
     for row in shown:
