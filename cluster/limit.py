@@ -66,7 +66,7 @@ class Limit:
             if usual > QUEUEING * self._fastest[kind]:
                 self._reduce(sent)
                 return
-        if self.in_flight >= int(self.allowed):
+        if self._waiting:
             self.allowed = min(float(self.highest), self.allowed + (1 / self.allowed if self._pushed_back else 1))
 
     def pushed_back(self, sent: float, pause: float = 0.0) -> None:

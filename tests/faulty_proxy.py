@@ -3,6 +3,7 @@
 import http.client
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,10 @@ def reset(request: BaseHTTPRequestHandler) -> None:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to `port`; a share of them meets one of the faults, and as many lose their answer after they took effect."""
+    """Passes requests on to `port`; a share of them meets one of the faults, another loses its answer after it took effect.
+
+    `arrived` and `bodies` hold the monotonic times and contents of all requests.
+    """
 
     daemon_threads = True
 
@@ -41,6 +45,8 @@ class Proxy(ThreadingHTTPServer):
         self.port, self.faults, self.share, self.lost = port, faults, share, lost
         self.random = random.Random(0)
         self.seen: Counter[str] = Counter()
+        self.arrived: list[float] = []
+        self.bodies: list[bytes] = []
 
     @property
     def url(self) -> str:
@@ -61,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         proxy, fate = self.server, self.server.random.random()
+        proxy.arrived.append(time.monotonic())
+        proxy.bodies.append(body)
         if proxy.faults and fate < proxy.share:
             name = proxy.random.choice(sorted(proxy.faults))
             proxy.seen[name] += 1
