@@ -36,6 +36,7 @@ class FakeEngine:
     def __init__(self, model: Model, config: EngineConfig) -> None:
         self.config, self.fake = config, config.fake
         self._chat = chat_of(model.path)
+        self._end = self._chat.end_of_turn
         self._room = asyncio.Semaphore(config.max_num_seqs)
         self._asked = 0
         self._struck: Counter[str] = Counter()
@@ -59,7 +60,7 @@ class FakeEngine:
                 await asyncio.sleep(fake.latency_seconds * math.exp(fake.latency_spread * Random(name).gauss(0, 1)))
             malformed = await self._strike(name)
             text = fake_text.words(Random(name), FREE_CHARACTERS) if malformed else self._text(Random(name), sampling)
-        ids = [*self._chat.text(text), self._chat.end_of_turn]
+        ids = [*self._chat.text(text), self._end]
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         ids = ids[: sampling.max_tokens]
         logprobs = [-1.0] * len(ids) if sampling.logprobs else []
