@@ -48,13 +48,14 @@ class Served:
     def __init__(self, engine: Engine, config: EngineConfig) -> None:
         self.engine, self.config = engine, config
         self._in_flight = 0
-        self._busy_since = self._answered_at = 0.0
+        self._busy_since = self._answered_at = self._given_at = 0.0
         self._busy = 0.0
 
     async def complete(self, turns: Sequence[Turn], sampling: Sampling, usage: Usage) -> Completion:
         """Draws one completion, trying again where no answer came. Raises NotAnswered, ValueError for a refusal, and EngineDied.
 
-        A busy server is no fault of a request and counts as no attempt; one that is so for `request_seconds` ends the run (SpecmillError).
+        A busy server is no fault of a request and counts as no attempt. After `request_seconds` the request is given up if others were
+        answered meanwhile; if none was, the run ends (SpecmillError).
         """
         asked, failed, tries = time.monotonic(), 0, 0
         while True:
@@ -63,10 +64,12 @@ class Served:
             except Busy as error:
                 reason, pause = str(error), error.pause
                 if time.monotonic() - asked >= self.config.request_seconds:
-                    raise SpecmillError(f"{reason}, and has been for {self.config.request_seconds:g} s. What is made is kept.") from None
+                    told = f"{reason}, and has been for {self.config.request_seconds:g} s"
+                    raise (NotAnswered(told) if self._given_at > asked else SpecmillError(f"{told}. What is made is kept.")) from None
             except Unavailable as error:
                 reason, pause, failed = str(error), 0.0, failed + 1
             else:
+                self._given_at = time.monotonic()
                 self._count(answer, usage)
                 return answer
             if failed >= self.config.attempts:

@@ -30,7 +30,7 @@ from cluster.chat import Turn
 from cluster.engine import Busy, Completion, EndpointConfig, EngineConfig, Sampling, Unavailable
 from cluster.errors import SpecmillError, UserError
 from cluster.openai_engine import OpenAIEngine
-from cluster.serving import Metered, Served
+from cluster.serving import Metered, NotAnswered, Served
 from flows.config import RunRequest, load_run
 from flows.plan import describe_plan, plan
 from flows.workspace import Workspace, prepare
@@ -280,6 +280,24 @@ def test_a_busy_server_costs_no_row_and_one_that_stays_busy_ends_the_run() -> No
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(SpecmillError, match="cannot be reached"):
             draw_many(engine(config(url, attempts=1, request_seconds=1)), 1)
+
+
+def test_a_request_that_a_server_is_always_too_busy_for_is_given_up_while_others_are_answered() -> None:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        (failed(503) if b"poison" in proxy.bodies[-1] else said())(request)
+
+    async def main() -> None:
+        asked = engine(config(proxy.url, max_num_seqs=1, request_seconds=0.5))
+        await asked.start()
+        metered = Metered(Served(asked, asked.config))
+        poisonous = asyncio.ensure_future(metered.complete([Turn(role="user", content="poison")], Sampling(1.0, 8, 1)))
+        while not poisonous.done():
+            await metered.complete(TURNS, Sampling(1.0, 8, 1))
+        with pytest.raises(NotAnswered, match="503"):
+            poisonous.result()
+
+    with answering(answer) as proxy:
+        asyncio.run(main())
 
 
 # The run file
