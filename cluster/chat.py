@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 
 from cluster.errors import UserError
 
+LONG_TEXT = 2000
+"""Texts of so many characters are remembered: a policy, which takes ten milliseconds to tokenise, begins thousands of requests."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -41,6 +43,8 @@ class Chat:
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self.added = {token["content"]: int(token["id"]) for token in definition["added_tokens"]}
         self.control_ids = frozenset(int(token["id"]) for token in definition["added_tokens"] if token["special"])
+        self._long = lru_cache(maxsize=64)(self._ids)
+        self._frame = lru_cache(maxsize=256)(self._make_frame)
         self._borders = {id for content, id in self.added.items() if id not in self._plain.encode(content, add_special_tokens=False).ids}
 
     @property
@@ -59,6 +63,9 @@ class Chat:
 
     def text(self, text: str) -> list[int]:
         """Token ids of untrusted text; contains no control token, whatever the text spells."""
+        return list(self._long(text) if len(text) >= LONG_TEXT else self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         if self.control_ids.intersection(ids):
             raise UserError(f"model {self.path}: its tokenizer maps plain text to control tokens; it cannot be used safely.")
@@ -70,18 +77,24 @@ class Chat:
         Raises UserError when the template leaves out or repeats a turn, which would silently train or judge something else, and when
         it parts turns by ordinary text, which a prompt could imitate.
         """
-        slots = [f"SLOT{number:04d}{'Q' * 8}" for number in range(len(turns))]
-        masked = [{"role": turn["role"], "content": slot} for turn, slot in zip(turns, slots, strict=True)]
-        rendered = self._render(masked)
+        *befores, end = self._frame(tuple(turn["role"] for turn in turns))
         ids: list[int] = []
-        rest = rendered
-        for turn, slot in zip(turns, slots, strict=True):
+        for before, turn in zip(befores, turns, strict=True):
+            ids += before
+            ids += self.text(turn["content"])
+        return ids + end
+
+    def _make_frame(self, roles: tuple[str, ...]) -> list[list[int]]:
+        """What the template writes before each turn of a conversation, and after the last."""
+        slots = [f"SLOT{number:04d}{'Q' * 8}" for number in range(len(roles))]
+        rest = self._render([{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)])
+        frame: list[list[int]] = []
+        for role, slot in zip(roles, slots, strict=True):
             before, found, rest = rest.partition(slot)
             if not found or slot in rest:
-                raise UserError(f"model {self.path}: its chat template does not render a {turn['role']!r} turn exactly once.")
-            ids += self._border(before) if ids else self._control.encode(before, add_special_tokens=False).ids
-            ids += self.text(turn["content"])
-        return ids + self._border(rest)
+                raise UserError(f"model {self.path}: its chat template does not render a {role!r} turn exactly once.")
+            frame.append(self._border(before) if frame else self._control.encode(before, add_special_tokens=False).ids)
+        return [*frame, self._border(rest)]
 
     def _border(self, text: str) -> list[int]:
         """What the template writes after a turn; in it there has to be a token that no text can imitate."""
