@@ -92,6 +92,12 @@ def test_verify_finds_changed_bytes_and_doubled_keys(store: Store):
     assert "checksum differs" in problems(store.root)[0][0]
 
 
+def test_a_completion_that_was_lost_and_says_the_same_again_may_be_judged_twice(store: Store):
+    ledger = Ledger(store, "judgements")
+    ledger.commit([store.put_table("judgements/shards", _table(keys)) for keys in (range(3), range(2, 6))])
+    assert problems(store.root) == ([], 2)
+
+
 def test_a_broken_ledger_entry_is_named(store: Store):
     Ledger(store, "completions").commit([])
     Path(store.path("completions/ledger/00000000.json")).write_text("{")
