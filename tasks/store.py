@@ -162,7 +162,7 @@ class Store:
     def put_table(self, folder: str, table: pa.Table) -> Shard:
         """Writes rows as a Parquet file named by its content; counts rows whose column `quarantined` is set."""
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", compression_level=3, row_group_size=ROW_GROUP_ROWS)
+        pq.write_table(table, buffer, compression="zstd", compression_level=3, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
         content = buffer.getvalue()
         name = hashlib.sha256(content).hexdigest()
         file = self.put(f"{folder}/{name[:32]}.parquet", content)
@@ -173,11 +173,14 @@ class Store:
         """Rows of a Parquet file. Raises FileNotFoundError, or Corrupt when it is not one."""
         try:
             source = self.path(path) if self.local else io.BytesIO(self.read(path))
-            return pq.ParquetFile(source).read(columns, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+            table = pq.ParquetFile(source, page_checksum_verification=True).read(columns, use_threads=False)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
             raise Corrupt(f"{path}: {error}") from error
+        if missing := set(columns or ()) - set(table.column_names):
+            raise Corrupt(f"{path}: no column {', '.join(sorted(missing))}")
+        return table
 
     def read_shards(self, shards: Sequence[Shard], columns: list[str]) -> Iterator[tuple[Shard, pa.Table | None]]:
         """Some columns of each shard, in order, several being read at a time; None for one that is gone. Raises Corrupt."""

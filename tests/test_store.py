@@ -92,6 +92,22 @@ def test_verify_finds_changed_bytes_and_doubled_keys(store: Store):
     assert "checksum differs" in problems(store.root)[0][0]
 
 
+def test_no_changed_byte_of_a_shard_passes_for_another_value(store: Store):
+    rows = [{"key": bytes([number]) * 16, "text": f"answer {number} of many"} for number in range(20)]
+    shard = store.put_table("completions/shards", pa.Table.from_pylist(rows))
+    target = Path(store.path(shard.path))
+    content, found = target.read_bytes(), 0
+    for place in range(len(content)):
+        target.write_bytes(content[:place] + bytes([content[place] ^ 0x11]) + content[place + 1 :])
+        try:
+            table = store.read_table(shard.path, ["key", "text"])
+        except Corrupt:
+            found += 1
+            continue
+        assert table.cast(pa.schema([("key", pa.binary()), ("text", pa.string())])).to_pylist() == rows, place
+    assert found > len(content) / 3
+
+
 def test_a_completion_that_was_lost_and_says_the_same_again_may_be_judged_twice(store: Store):
     ledger = Ledger(store, "judgements")
     ledger.commit([store.put_table("judgements/shards", _table(keys)) for keys in (range(3), range(2, 6))])
