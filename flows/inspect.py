@@ -92,7 +92,7 @@ def _dataset_balance(manifest: dict[str, Any]) -> Iterator[str]:
 
 def _ledger_problems(store: Store, stage: str) -> tuple[list[str], int]:
     """A key of a completion is in one shard. That of a judgement names what was judged: of a completion that was lost and, drawn again,
-    says the same, the runs are made again, and the first ones count."""
+    says the same, the runs are made again, and the last ones count."""
     found: list[str] = []
     owner: dict[bytes, str] = {}
     shards: list[Shard] = Ledger(store, stage).shards()

@@ -50,7 +50,7 @@ class State:
 
 
 class Ledger:
-    """The ledger of one stage: `<stage>/ledger/<n>.json`. A key belongs to the first shard that holds it."""
+    """The ledger of one stage: `<stage>/ledger/<n>.json`. A completion belongs to the first shard that holds it."""
 
     def __init__(self, store: Store, stage: str) -> None:
         self.store, self.stage = store, stage

@@ -138,12 +138,13 @@ class Wanted:
         return lost
 
     def mark_judgements(self, store: Store, shards: Sequence[Shard], judge_hash: str) -> list[str]:
-        """Notes the scores that this judge gave to these completions; of a run that is in two shards, the first counts.
+        """Notes the scores that this judge gave to these completions. Returns the shards that are gone.
 
-        Returns the shards that are gone.
+        Of a run that is in two shards, the last counts: a completion that was lost and says the same when it is drawn again is judged from
+        its first run on, up to a score that settles it, and earlier scores must not take that one's place.
         """
         lost = []
-        for shard, table in store.read_shards(shards, ["completion_key", "content", "run", "score", "judge_hash"]):
+        for shard, table in store.read_shards(shards[::-1], ["completion_key", "content", "run", "score", "judge_hash"]):
             if table is None:
                 lost.append(shard.path)
                 continue
