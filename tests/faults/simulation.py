@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache, cached_property
 from math import inf
@@ -162,10 +162,10 @@ class Fiber:
 class World:
     """The store's objects, the true time, and everything that runs."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, storm: dict[str, float]) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
-        self.weather = Weather.drawn(self.rng)
+        self.weather = replace(Weather.drawn(self.rng), **storm)
         self.now, self.steps = 0.0, 0
         self.objects: dict[str, bytes] = {}
         self.born: dict[str, float] = {}
@@ -709,6 +709,7 @@ def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def inside(world: World, real_parquet: bool = False) -> Iterator[None]:
     """Exchanges what the real code reaches outside itself for this world's."""
     files, clock, threads, engines = Files(world), Clock(world), Threads(world), Engines(world)
+    tasks.complete._prompts.cache_clear()
     world.objects |= prompt_files(real_parquet)
     world.born |= dict.fromkeys(world.objects, 0.0)
 
