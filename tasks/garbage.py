@@ -28,13 +28,13 @@ class Garbage:
     age: float
 
 
-def garbage(store: Store, older_than: float) -> Iterator[Garbage]:
+def garbage(store: Store, older_than: float, lease: float = LEASE_SECONDS) -> Iterator[Garbage]:
     """Files that nothing names and that are at least so many seconds old. Raises UserError when a run is writing to the root."""
     with ExitStack() as claimed:
         named = set()
         for stage in stages(store):
             ledger = Ledger(store, stage)
-            claimed.enter_context(ledger.writing(LEASE_SECONDS))
+            claimed.enter_context(ledger.writing(lease))
             named |= {shard.path for shard in ledger.shards()}
         for pattern in MANIFESTS:
             for file in store.glob(f"{pattern}/manifest.json"):

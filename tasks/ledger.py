@@ -20,7 +20,7 @@ from tasks.progress import say
 from tasks.store import Conflict, Corrupt, Down, Shard, Store
 
 SNAPSHOT_ENTRIES = 64
-"""Snapshot m holds what entries 0 to 64 m - 1 say, and is written before entry 64 m is."""
+"""Snapshot m holds what entries 0 to 64 m - 1 say, and is written before entry 64 m is. Another number is another format."""
 
 
 @dataclass

@@ -643,7 +643,7 @@ class Engines:
         self.world = world
         self.fickle = world.rng.random() < 0.5
 
-    async def draw(self, engine: None, shard: Any, prompt: dict[str, Any], sample: int, chat: None) -> dict[str, Any]:
+    async def draw(self, engine: None, shard: Any, prompt: dict[str, Any], sample: int) -> dict[str, Any]:
         row = tasks.complete._row(shard, prompt, sample)
         if sample == 2 and prompt["id"].endswith("-0"):
             return row | {"quarantined": "the engine gave no completion"}
@@ -660,7 +660,7 @@ class Engines:
             "cited_clauses": ["VI1"], "token_ids": [1],
         }  # fmt: skip
 
-    async def judge(self, engine: None, chat: None, shard: Any, row: dict[str, Any], run: int) -> dict[str, Any]:
+    async def judge(self, engine: None, shard: Any, row: dict[str, Any], run: int) -> dict[str, Any]:
         result = tasks.judge._row(shard, row, run) | {"seed": run, "raw": [said(row)]}
         if self.world.rng.random() < 0.1:
             return result | {"quarantined": "verdict not parsable"}
@@ -731,7 +731,6 @@ def inside(world: World, real_parquet: bool = False) -> Iterator[None]:
         (tasks.judge, "_judge_row", engines.judge),
         *((module, "time", clock) for module in (tasks.store, tasks.ledger, tasks.work, tasks.progress)),
         *((module, "say", lambda text: None) for module in (tasks.ledger, tasks.progress, flows.steps)),
-        *((module, "chat_of", lambda path: None) for module in (tasks.complete, tasks.judge)),
         *((module, "asyncio", Inline) for module in (tasks.complete, tasks.judge)),
     ]
     if not real_parquet:
