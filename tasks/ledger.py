@@ -156,6 +156,9 @@ class Ledger:
                 except SpecmillError as error:
                     self._fenced = error
                     return
+                except Exception as error:
+                    self._fenced = SpecmillError(f"{self.stage}: the lease could not be renewed: {type(error).__name__}: {error}")
+                    return
 
     def _catch_up(self) -> None:
         state = self._state or State()

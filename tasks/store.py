@@ -70,6 +70,10 @@ class Down(SpecmillError):
     """The store did not answer, or has no room; the run stops and the same command goes on from there."""
 
 
+class Missing(SpecmillError, FileNotFoundError):
+    """A file that should be there is gone."""
+
+
 class Store:
     """A root URL: a directory, `s3://bucket/prefix`, or any other that fsspec knows. Paths are relative to it and use `/`."""
 
@@ -115,7 +119,7 @@ class Store:
         except FileExistsError:
             if self.read(path) != content:
                 raise Conflict(f"{path} exists already") from None
-        return File(path, len(content), hashlib.sha256(content).hexdigest())
+        return _file(path, content)
 
     def replace(self, path: str, content: bytes) -> None:
         """Writes a file, all of it or nothing, over an older one."""
@@ -164,18 +168,22 @@ class Store:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd", compression_level=3, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
         content = buffer.getvalue()
-        name = hashlib.sha256(content).hexdigest()
-        file = self.put(f"{folder}/{name[:32]}.parquet", content)
+        path = f"{folder}/{hashlib.sha256(content).hexdigest()[:32]}.parquet"
+        try:
+            file = self.put(path, content)
+        except Conflict:  # what lies under this name is damaged: the name is that of its content
+            self.replace(path, content)
+            file = _file(path, content)
         quarantined = table.num_rows - table["quarantined"].null_count if "quarantined" in table.column_names else 0
         return Shard(**asdict(file), rows=table.num_rows, quarantined=quarantined)
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """Rows of a Parquet file. Raises FileNotFoundError, or Corrupt when it is not one."""
+        """Rows of a Parquet file. Raises Missing, which is a FileNotFoundError too, or Corrupt when it is not one."""
         try:
             source = self.path(path) if self.local else io.BytesIO(self.read(path))
             table = pq.ParquetFile(source, page_checksum_verification=True).read(columns, use_threads=False)
         except FileNotFoundError:
-            raise
+            raise Missing(f"{self.path(path)} is gone. Start the same command again: what is missing is made anew.") from None
         except (pa.ArrowException, OSError) as error:
             raise Corrupt(f"{path}: {error}") from error
         if missing := set(columns or ()) - set(table.column_names):
@@ -251,6 +259,10 @@ class Store:
                     ) from error
                 time.sleep(pause)
         raise AssertionError
+
+
+def _file(path: str, content: bytes) -> File:
+    return File(path, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _write_file(action: Literal["create", "replace", "delete"], target: str, content: bytes) -> None:

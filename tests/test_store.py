@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster.errors import UserError
+from cluster.errors import SpecmillError, UserError
 from cluster.serving import Usage
 from flows.inspect import problems
 from tasks.ledger import Ledger
@@ -195,3 +195,15 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(store: Store, monkeypatch:
     with pytest.raises(Down, match="Make room"):
         store.put("a", b"1")
     assert list(Path(store.root).iterdir()) == [], "no part of it is left"
+
+
+def test_a_damaged_file_that_nothing_names_is_written_anew(store: Store):
+    shard = store.put_table("completions/shards", _table(range(3)))
+    Path(store.path(shard.path)).write_bytes(b"half")
+    assert store.put_table("completions/shards", _table(range(3))) == shard
+    assert store.verify(shard) is None
+
+
+def test_a_file_that_is_gone_is_told_in_one_line(store: Store):
+    with pytest.raises(SpecmillError, match="is gone"):
+        store.read_table("completions/shards/nothing.parquet")
