@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick soak lint lock clean
+.PHONY: help setup demo test quick soak scale lint lock clean
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -37,6 +37,9 @@ quick: setup ## the tests that start no engine and no server, under two minutes
 
 soak: setup ## the tests that take many minutes: interruptions in every stage, both doors from nothing
 	.venv/bin/pytest -m soak
+
+scale: setup ## how far one driver reaches: a million prompts through fake engines
+	.venv/bin/python tests/benchmarks/scale.py
 
 lint: setup ## style, types and the direction of imports
 	.venv/bin/ruff check .

@@ -1,0 +1,137 @@
+"""How far one driver reaches: prompts by the hundred thousand through fake engines, completed once and judged three times.
+
+    python tests/benchmarks/scale.py --prompts 1000000
+
+Runs a tenth of the prompts and then all of them, each in a driver of its own on one Ray, and prints rows per second, the driver's memory
+at its peak, what a key costs of it, and how long it takes to find out and make the last thousand when all others are there.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SPECS = Path(__file__).parent.parent.parent / "specs"
+ADDED = 1000
+"""Prompts that are new when the run is started again."""
+JUDGE_RUNS = 3
+
+
+def write_prompts(file: Path, start: int, stop: int) -> None:
+    """Prompts of seven categories, each a scenario of its own."""
+    kinds = [json.loads((SPECS / "prompts" / f"{path.stem}.jsonl").read_text().splitlines()[0]) for path in policies()]
+    with file.open("w") as stream:
+        for number in range(start, stop):
+            kind = kinds[number * len(kinds) // stop]
+            messages = [{"role": "user", "content": f"Request number {number}: {kind['messages'][-1]['content']}"}]
+            row = kind | {"id": f"p{number}", "group": f"g{number}", "split": "sft", "messages": messages}
+            stream.write(json.dumps(row) + "\n")
+
+
+def policies() -> list[Path]:
+    """The categories' files."""
+    return [path for path in sorted((SPECS / "policies" / "base").glob("*.yaml")) if path.stem != "bundle"]
+
+
+def write_run(folder: Path, engines: int) -> None:
+    """The run file: nothing is compared for overlap, which has a measurement of its own."""
+    engine = {"backend": "fake", "engines": engines, "max_num_seqs": 256}
+    content = {
+        "version": 1,
+        "name": "scale",
+        "root": str(folder / "root"),
+        "policy": str(SPECS / "policies" / "base"),
+        "prompts": str(folder / "prompts"),
+        "overlap": {"duplicates": "off", "contamination": "off"},
+        "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800},
+        "judge": {"engine": engine, "k": JUDGE_RUNS, "sequential": False},
+        "select": {"threshold": 1},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+
+
+def drive(file: str) -> dict[str, Any]:
+    """One run of the driver; seconds of each part, and its memory at its peak, in bytes."""
+    from flows.config import RunRequest
+    from flows.steps import complete_and_judge_step, select_step
+    from flows.workspace import opened, survey
+    from tasks.ledger import Ledger
+
+    started = time.monotonic()
+    with opened(RunRequest(file=file), trains=False) as run:
+        read = time.monotonic()
+        wanted, _ = survey(run, Ledger(run.store, "completions"), Ledger(run.store, "judgements"))
+        planned = time.monotonic()
+        missing = int((~wanted.made).sum())
+        del wanted
+        complete_and_judge_step.fn(run)
+        made = time.monotonic()
+        dataset = select_step.fn(run)
+        selected = time.monotonic()
+    return {
+        "prompts": dataset.manifest["balance"]["completions"],
+        "made": missing,
+        "read": read - started,
+        "plan": planned - read,
+        "make": made - planned,
+        "select": selected - made,
+        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """A run of a driver in a process of its own, on the Ray of this one."""
+    done = subprocess.run([sys.executable, __file__, "--drive", str(folder / "run.yaml")], stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def scale(prompts: int, engines: int) -> None:
+    """All measurements, one line each."""
+    import ray
+
+    from cluster.session import ray_session
+
+    with tempfile.TemporaryDirectory() as place, ray_session():
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        folder = Path(place)
+        (folder / "prompts").mkdir()
+        write_run(folder, engines)
+        results = []
+        for count in (prompts // 10, prompts):
+            shutil.rmtree(folder / "root", ignore_errors=True)
+            write_prompts(folder / "prompts" / "prompts.jsonl", 0, count)
+            results.append(result := measured(folder))
+            rows = result["made"] * (1 + JUDGE_RUNS)
+            total = sum(result[part] for part in ("read", "plan", "make", "select"))
+            parts = ", ".join(f"{part} {result[part]:.0f} s" for part in ("read", "plan", "make", "select"))
+            print(f"{count:,} prompts, {rows:,} rows: {rows / total:,.0f} rows/s ({parts}), driver {result['memory'] / 2**20:,.0f} MiB")
+        small, large = results
+        keys = (large["prompts"] - small["prompts"]) * (1 + JUDGE_RUNS)
+        print(f"memory of the driver per key: {(large['memory'] - small['memory']) / keys:.1f} bytes")
+        write_prompts(folder / "prompts" / "more.jsonl", prompts, prompts + ADDED)
+        again = measured(folder)
+        print(
+            f"all but {again['made']:,} there: prompts read in {again['read']:.0f} s, planned in {again['plan']:.0f} s, "
+            f"made in {again['make']:.0f} s, selected in {again['select']:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=1_000_000)
+    parser.add_argument("--engines", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--drive", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.drive:
+        print(json.dumps(drive(arguments.drive)))
+    else:
+        scale(arguments.prompts, arguments.engines)
