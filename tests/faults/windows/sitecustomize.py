@@ -55,7 +55,14 @@ def strike(target):
             except ProcessLookupError:
                 continue
         return
-    os.kill(int((FOLDER / target).read_text()), signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            os.kill(int((FOLDER / target).read_text()), signal.SIGKILL)
+            break
+        except ProcessLookupError:  # the node that was killed before has no successor yet
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
     time.sleep(1 if target == "driver" else 0)
 
 
