@@ -22,13 +22,18 @@ app.add_typer(prompts_app, name="prompts")
 
 POLICY = "specs/policies/base"
 
+RunFile = Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")]
+OtherRoot = Annotated[str | None, typer.Option(help="Take this root instead of the run file's.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")]
+Root = Annotated[str, typer.Argument(help="A root that runs write to.")]
+
 
 @app.command()
 def run(
-    file: Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")],
+    file: RunFile,
     flow: Annotated[Literal["factory", "regenerate", "train", "evaluate"], typer.Option(help="Which flow to run.")] = "factory",
-    root: Annotated[str | None, typer.Option(help="Write here instead of the run file's root.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")] = None,
+    root: OtherRoot = None,
+    set_: Changes = None,
 ) -> None:
     """Runs a flow on this machine, or on the Ray cluster and Prefect server that RAY_ADDRESS and PREFECT_API_URL name.
 
@@ -69,11 +74,11 @@ def run(
 
 @app.command()
 def plan(
-    file: Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")],
-    root: Annotated[str | None, typer.Option(help="Look here instead of in the run file's root.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")] = None,
+    file: RunFile,
+    root: OtherRoot = None,
+    set_: Changes = None,
 ) -> None:
-    """Shows what a run would reuse and make, why, and what it will cost. Starts nothing and writes nothing."""
+    """Shows what a run would reuse and make, why, and what it will cost. Starts nothing, and writes only the prompts as it read them."""
     from flows.config import RunRequest
     from flows.plan import describe_plan
     from flows.plan import plan as make_plan
@@ -109,7 +114,7 @@ def verify(path: Annotated[str, typer.Argument(help="A root, or a run, dataset, 
 
 @app.command()
 def gc(
-    root: Annotated[str, typer.Argument(help="A root that runs write to.")],
+    root: Root,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the files. Without it, they are only shown.")] = False,
     older_than: Annotated[float, typer.Option(help="Leave files alone that are younger than so many hours.")] = 24.0,
 ) -> None:
@@ -128,7 +133,7 @@ def gc(
 
 @app.command()
 def delete(
-    root: Annotated[str, typer.Argument(help="A root that runs write to.")],
+    root: Root,
     prompt: Annotated[str, typer.Option(help="Id of the prompt.")],
 ) -> None:
     """Takes a prompt, and all rows that came from it, out of a root for good. The next run makes a dataset version without it."""
@@ -168,9 +173,9 @@ def render(
 
 @prompts_app.command()
 def check(
-    file: Annotated[str, typer.Argument(help="Run file, for example specs/runs/demo.yaml.")],
-    root: Annotated[str | None, typer.Option(help="Write the prompt set here instead of under the run file's root.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a field: a.b=value. May be repeated.")] = None,
+    file: RunFile,
+    root: OtherRoot = None,
+    set_: Changes = None,
 ) -> None:
     """Reads the prompts of a run file: rows of each source, prompts by category and split, what was quarantined, what resembles what."""
     from flows.config import RunRequest, load_run
@@ -178,11 +183,12 @@ def check(
     from tasks.policy import load_policy
     from tasks.prompt_set import load_prompts
     from tasks.store import Store
+    from tasks.tombstones import deleted_prompts
 
     config = load_run(RunRequest(file=file, root=root, changes=set_ or []))
     store = Store(config.root)
     store.check_writable()
-    typer.echo(describe_prompts(load_prompts(store, config.prompts, load_policy(config.policy), config.overlap)))
+    typer.echo(describe_prompts(load_prompts(store, config.prompts, load_policy(config.policy), config.overlap, deleted_prompts(store))))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`specmill plan`: what a run would do and why, without doing it. Reads ledgers and shards, starts nothing, writes nothing."""
+"""`specmill plan`: what a run would do and why, without doing it. Reads prompts, ledgers and shards, and starts nothing."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable

@@ -1,8 +1,6 @@
 """The Prefect tasks of the flows, one per stage. They pass handles and keys, never rows; the ledgers, not Prefect, know what is done."""
 
 import shutil
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cluster.chat import chat_of
-from cluster.fleet import Done, Line
 from cluster.models import weights_digest
-from cluster.pool import Pool
+from flows.lines import Lines
 from flows.workspace import Workspace, survey
 from tasks import checkpoints as ckpt
 from tasks import complete, evaluate, judge, rl, sft
@@ -27,71 +24,24 @@ from tasks.select import funnel, require_kept, select
 from tasks.store import Store
 from tasks.training_rows import training_rows
 from tasks.wanted import NOT_JUDGED
-from tasks.work import Pairs, Receipt, Tally, cost_per_kept, work
+from tasks.work import cost_per_kept
 
 
 @task(name="complete and judge", cache_policy=NO_CACHE)
 def complete_and_judge_step(run: Workspace) -> None:
     """Draws the completions of the SFT split that no ledger entry holds and judges, k times, those that pass the gates.
 
-    A completion shard that is finished is judged while the next ones are drawn.
+    A completion shard that is finished is judged while the next ones are drawn; two pools that have no room beside each other take turns.
     """
-    config, store = run.config, run.store
-    completions, judgements = Ledger(store, complete.STAGE), Ledger(store, judge.STAGE)
-    wanted, lost = survey(run, completions, judgements)
-    generating, judging = Line(complete.COMPLETE, run.generator.fleet), Line(judge.JUDGE, run.judge.fleet)
-    with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged, ExitStack() as open_ledgers:
-        tallies: dict[Line, Tally] = {judging: Tally(judgements, judged, lost[1]), generating: Tally(completions, drawn, lost[0])}
-        named = {"complete": tallies[generating], "judge": tallies[judging]}
-        for part, pairs in wanted.missing_completions():
-            request, size = run.requests[part.category], config.generate.shard_rows
-            shard = complete.CompletionShard(store.root, run.generator.model, config.generate, request, run.gates, part.path, pairs)
-            tallies[generating].add(generating, [replace(shard, pairs=piece) for piece in pairs.pieces(size)])
-        runs = wanted.missing_runs(config.judge, run.limits)
-        for source, category, pairs in wanted.judgements_to_make(runs):
-            tallies[judging].add(judging, [run.judgement_shard(source, category, pairs)])
-        reused = int(wanted.made.sum())
-        wanted_runs, dropped = int(wanted.passed.sum()) * config.judge.k, int((wanted.made & ~wanted.passed).sum())
-
-        def follow(done: Done) -> None:
-            nonlocal wanted_runs, dropped
-            if done.line is generating:
-                receipt: Receipt = done.result
-                pairs = Pairs.product(receipt.passed, config.judge.k)
-                wanted_runs, dropped = wanted_runs + len(pairs), dropped + receipt.file.rows - len(receipt.passed)
-                if len(pairs):
-                    tallies[judging].add(judging, [run.judgement_shard(receipt.file, done.shard.request.category, pairs)])
-
-        del wanted
-        for line, tally in tallies.items():
-            if line.waiting or generating.waiting or tally.lost:
-                open_ledgers.enter_context(tally.ledger.writing(config.lease_seconds))
-        if config.judge.overlap or run.judge is run.generator:
-            _start(run.generator, needed=bool(generating.waiting))
-            _start(run.judge, needed=bool(judging.waiting or generating.waiting))
-            wall = work(tallies, follow)
-            pools = {run.generator: ["complete"], run.judge: ["judge"]} if run.judge is not run.generator else {run.generator: list(named)}
-            for pool, stages in pools.items():
-                run.tell_speed(pool, wall, {stage: named[stage] for stage in stages})
-        else:
-            for line, pool in ((generating, run.generator), (judging, run.judge)):
-                _start(pool, needed=bool(line.waiting))
-                wall = work({line: tallies[line]}, follow)
-                run.tell_speed(pool, wall, {stage: tally for stage, tally in named.items() if tally is tallies[line]})
-                pool.close()
-        for tally in tallies.values():
-            tally.balance()
-    drawn_rows, verdicts = named.values()
-    run.note("complete", wanted=reused + drawn_rows.made, reused=reused, made=drawn_rows.made, lost_shards=len(lost[0]))
-    run.note(
-        "judge",
-        wanted=wanted_runs,
-        reused=wanted_runs - verdicts.asked,
-        made=verdicts.made,
-        skipped=verdicts.skipped,
-        gated=dropped,
-        lost_shards=len(lost[1]),
-    )
+    with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged:
+        lines = Lines(run, drawn, judged)
+        with lines.claimed():
+            if run.judge is run.generator or run.config.judge.overlap:
+                lines.work_together()
+            else:
+                lines.work_in_turn()
+            lines.balance()
+    lines.note()
 
 
 @task(name="select", cache_policy=NO_CACHE)
@@ -157,8 +107,8 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         _clear(store, id)
         path = ckpt.directory(store, id)
         path.mkdir(parents=True, exist_ok=True)
-        _start(run.policy_engine)
-        _start(run.judge)
+        run.start(run.policy_engine)
+        run.start(run.judge)
         job = rl.RlJob(
             root=store.root,
             id=id,
@@ -197,8 +147,8 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
     found = evaluate.find(store, id, checkpoint.kind)
     if found is None:
-        _start(run.policy_engine)
-        _start(run.judge)
+        run.start(run.policy_engine)
+        run.start(run.judge)
         subject = run.policy_engine.fleet()
         subject.load_weights(checkpoint.model.path, 0)
         with Progress(f"eval-{checkpoint.kind}", "answers and verdicts") as progress:
@@ -245,13 +195,6 @@ def _provenance(run: Workspace) -> dict[str, Any]:
         "parameters": {name: parameters[name] for name in ("generate", "gates", "judge", "select")},
         "code": code_version(),
     }
-
-
-def _start(pool: Pool, needed: bool = True) -> None:
-    """Starts the engines. They take up to a minute; a person should know what is being waited for."""
-    if needed and not pool.started:
-        say(f"  starting {pool.config.engines} x {pool.model.id}")
-        pool.fleet()
 
 
 def _clear(store: Store, id: str) -> None:

@@ -71,17 +71,17 @@ class Workspace:
         """Category -> what the generator is asked."""
         return requests(self.policy, self.generator.model, self.config.generate)
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, Spec]:
         """Category -> spec(category), the same for generator and judge."""
         return {category: request.spec for category, request in self.requests.items()}
 
-    @property
+    @cached_property
     def gates(self) -> Gates:
         """What the gates compare with."""
         return Gates.of(self.config.gates, self.policy)
 
-    @property
+    @cached_property
     def limits(self) -> dict[str, int]:
         """Category -> lowest score that is kept."""
         return {category: self.config.select.limit(category) for category in self.policy.categories}
@@ -110,6 +110,12 @@ class Workspace:
     def base_model(self) -> Model:
         """The model that is trained: the generator, or, where that is behind an endpoint, the one that `evaluate` names."""
         return self.policy_engine.model
+
+    def start(self, pool: Pool, needed: bool = True) -> None:
+        """Starts the engines of a pool. They take up to a minute; a person should know what is being waited for."""
+        if needed and not pool.started:
+            say(f"  starting {pool.config.engines} x {pool.model.id}")
+            pool.fleet()
 
     def tell_speed(self, pool: Pool, wall: Wall, tallies: dict[str, Tally]) -> None:
         """Remembers and tells how fast engines of a pool made what."""

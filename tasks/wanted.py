@@ -1,4 +1,4 @@
-"""What a run wants and what is there: one column entry per completion, some 40 bytes each, and no row.
+"""What a run wants and what is there: one entry per completion in columns of some 50 bytes, and no row.
 
 Wanted keys minus committed keys is all that resume, nightly runs and changes of n and k come down to. The completions are ordered by
 key; where a prompt lies (part, row), in which shard its completion (shard, place), what the gates said and the score of every judge run
@@ -7,6 +7,7 @@ stand beside it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,13 +99,13 @@ class Wanted:
         """Which are there and passed the gates."""
         return self.dropped == 0
 
-    @property
+    @cached_property
     def category(self) -> npt.NDArray[np.uint8]:
         """Number of the category, in the order of `categories`."""
         number = {name: index for index, name in enumerate(self.categories)}
         return np.array([number[part.category] for part in self.parts], np.uint8)[self.part]
 
-    @property
+    @cached_property
     def categories(self) -> list[str]:
         """Categories of the parts."""
         return sorted({part.category for part in self.parts})
