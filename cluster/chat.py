@@ -7,7 +7,7 @@ Contents are tokenised by a copy of the tokenizer that has no added tokens at al
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -45,6 +45,7 @@ class Chat:
         self.control_ids = frozenset(int(token["id"]) for token in definition["added_tokens"] if token["special"])
         self._long = lru_cache(maxsize=64)(self._ids)
         self._frame = lru_cache(maxsize=256)(self._make_frame)
+        self._piece = cache(lambda token: str(self._control.decode([token], skip_special_tokens=False)))
         self._borders = {id for content, id in self.added.items() if id not in self._plain.encode(content, add_special_tokens=False).ids}
 
     @property
@@ -109,7 +110,7 @@ class Chat:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of every single token; half characters appear as replacement signs."""
-        return [str(self._control.decode([token], skip_special_tokens=False)) for token in ids]
+        return [self._piece(token) for token in ids]
 
     def _render(self, turns: list[dict[str, str]]) -> str:
         from jinja2.exceptions import TemplateError

@@ -106,7 +106,10 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(64, ge=1, title="Batch", description="Requests that one engine works on at the same time.")
     kv_cache_gib: float = Field(1.0, gt=0, title="KV cache", description="Memory for keys and values, in GiB (CPU engines).")
     engines: int = Field(1, ge=1, title="Engines", description="Number of engines; on a CPU, one per core is fastest.")
-    gpus: float = Field(0, ge=0, title="GPUs per engine", description="0 runs on CPU; a fraction lets engines share a GPU.")
+    gpus: float = Field(0, ge=0, le=1, title="GPUs", description="0 runs on CPU; a fraction lets engines share a GPU.")
+    tensor_parallel: int = Field(
+        1, ge=1, title="Tensor parallel", description="GPUs, or cores, that hold a share of one engine's weights each, all of one machine."
+    )
     attempts: int = Field(5, ge=1, title="Attempts", description="Tries of a request that is not answered, before its row is quarantined.")
     request_seconds: float = Field(3600, gt=0, title="Request time", description="A request that takes longer is asked again.")
     stuck_seconds: float = Field(
@@ -124,6 +127,12 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 "state the `revision` of the endpoint's model, or `unversioned`: nothing else would say that its answers changed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_weights_or_gpus(self) -> "EngineConfig":
+        if self.tensor_parallel > 1 and self.gpus not in (0, 1):
+            raise ValueError(f"an engine that `tensor_parallel` spreads over {self.tensor_parallel} GPUs has them to itself: set `gpus: 1`")
         return self
 
     @property

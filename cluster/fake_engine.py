@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import json
 import math
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
@@ -49,7 +48,7 @@ class FakeEngine:
     async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""
         fake, prompt = self.fake, request_ids(self._chat, turns, sampling, self.config)
-        name = hashlib.sha256(array("q", [fake.seed, sampling.seed, *prompt])).hexdigest()
+        name = hashlib.sha256(json.dumps([fake.seed, sampling.seed, turns]).encode()).hexdigest()
         async with self._room:
             self._asked += 1
             if fake.die_at and self._asked >= fake.die_at:

@@ -14,7 +14,12 @@ from typing import Any
 Node = Callable[[Random], str]
 MANY = 8
 """Most repetitions of `*`, `+` and of a list without an upper bound."""
-LETTERS = string.ascii_lowercase + "     "
+WORDS = [
+    "about", "after", "anyone", "before", "between", "change", "clear", "decide", "enough", "explain", "give", "help", "idea", "keep",
+    "know", "list", "make", "mean", "more", "never", "often", "other", "person", "plan", "possible", "reader", "rest", "same",
+    "small", "step", "such", "than", "their", "then", "these", "thing", "those", "time", "under", "way", "what", "where", "while",
+    "why", "word"
+]  # fmt: skip
 
 _TOKEN = re.compile(r'\s*(::=|"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|\{\d+,\d+\}|[()|?*+]|[A-Za-z_][A-Za-z0-9_]*)')
 
@@ -42,8 +47,8 @@ def from_schema(schema: str) -> Node:
 
 
 def words(random: Random, characters: int) -> str:
-    """Lower-case letters and spaces."""
-    return "".join(random.choices(LETTERS, k=characters))
+    """Words in lower case, cut to a length."""
+    return " ".join(random.choices(WORDS, k=characters // 4 + 1))[:characters].ljust(characters, "s")
 
 
 class _Parser:
@@ -84,12 +89,14 @@ class _Parser:
         return lambda random: "".join([node(random) for _ in range(random.randint(low, high))])
 
     def _characters(self, token: str) -> Node:
-        """A class of characters: letters that it allows, or, of a class without letters, the characters that it names."""
+        """A class of characters: words, if it allows them, or the characters that it names."""
         allowed = re.compile(token)
-        letters = [letter for letter in LETTERS if allowed.fullmatch(letter)] or [c for c in token[1:-1] if allowed.fullmatch(c)]
+        low, high = self._bounds()
+        if all(map(allowed.fullmatch, f"{string.ascii_lowercase} ")):
+            return lambda random: words(random, random.randint(low, high))
+        letters = [character for character in token[1:-1] if allowed.fullmatch(character)]
         if not letters:
             raise ValueError(f"no character to choose in {token}")
-        low, high = self._bounds()
         return lambda random: "".join(random.choices(letters, k=random.randint(low, high)))
 
     def _bounds(self) -> tuple[int, int]:

@@ -78,10 +78,10 @@ class EngineActor:
 
     def __init__(self, model: Model, config: EngineConfig, number: int, receives_weights: bool) -> None:
         if config.backend == "vllm" and config.gpus == 0:
-            cores = sorted(os.sched_getaffinity(0))
-            core = cores[number % len(cores)]
-            os.sched_setaffinity(0, {core})
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
+            cores, first = sorted(os.sched_getaffinity(0)), number * config.tensor_parallel
+            mine = [cores[rank % len(cores)] for rank in range(first, first + config.tensor_parallel)]
+            os.sched_setaffinity(0, mine)
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, mine))
         self._engine = _engine(model, config, receives_weights)
         self._served = Served(self._engine, config)
         self._turn = asyncio.Lock()
@@ -138,7 +138,7 @@ class _Work:
 
 @dataclass
 class _Slot:
-    """An engine: what runs on it, or, after its death, the answer that says that it is back."""
+    """An engine: what runs on it, or, at first and after its death, the answer that says that it is there."""
 
     actor: Any
     running: dict[Any, _Work] = field(default_factory=dict)
@@ -225,7 +225,7 @@ class _Feeder:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
-        self.slots = [_Slot(actor) for actor in fleet.actors]
+        self.slots = [_Slot(actor, returning=actor.ready.remote(fleet.weights)) for actor in fleet.actors]
         self.suspects: deque[_Work] = deque()
 
     @property
@@ -233,13 +233,18 @@ class _Feeder:
         """Whether something is under way or in doubt."""
         return bool(self.suspects) or any(slot.running for slot in self.slots)
 
+    @property
+    def full(self) -> bool:
+        """Whether every engine that is there has something to do."""
+        return all(slot.running or slot.returning is not None for slot in self.slots)
+
     def pending(self) -> list[Any]:
         """Answers that are waited for."""
         running = [ref for slot in self.slots for ref in slot.running]
         return running + [slot.returning for slot in self.slots if slot.returning is not None]
 
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
-        """Hands out work until every engine has a shard more than it can work on: the next one overlaps the tail of the last.
+        """Hands out work until every engine has twice what it can work on: shards that wait for their last rows leave it full.
 
         A suspect gets an engine for itself: first of all that one, back and empty, in which it was. `waiting`: requests of all lines.
         """
@@ -247,7 +252,7 @@ class _Feeder:
             if self.suspects and slot.open and not slot.running:
                 self._start(slot, self.suspects.popleft())
         while line := next((line for line in lines if line.waiting), None):
-            able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load <= self.fleet.capacity)]
+            able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < 2 * self.fleet.capacity)]
             if not able:
                 return
             slot = min(able, key=lambda slot: slot.load)
@@ -262,7 +267,7 @@ class _Feeder:
         if slot is None:
             return
         if ready == slot.returning:
-            answer(ready, "an engine did not start again")
+            answer(ready, "an engine did not start")
             slot.returning = None
             return
         try:
@@ -304,9 +309,10 @@ class _Feeder:
             self.suspects.append(work)
 
 
-def run(lines: Sequence[Line], tick: Callable[[], None] | None = None) -> Iterator[Done]:
+def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> Iterator[Done]:
     """Runs all shards of the lines, and those that are added between two results. Lines that come first have precedence on a fleet
-    that they share. `tick` is called every second. Raises SpecmillError when a shard fails."""
+    that they share. `tick` is called every second, and told whether every engine has something to do. Raises SpecmillError when a shard
+    fails."""
     feeders: dict[int, _Feeder] = {}
     while True:
         for line in lines:
@@ -319,9 +325,9 @@ def run(lines: Sequence[Line], tick: Callable[[], None] | None = None) -> Iterat
         for feeder in feeders.values():
             feeder.fill([line for line in lines if line.waiting and line.fleet() is feeder.fleet], waiting)
         pending = [ref for feeder in feeders.values() for ref in feeder.pending()]
-        ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS if tick else None)
         if tick:
-            tick()
+            tick(all(feeder.full for feeder in feeders.values()))
+        ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS if tick else None)
         for ref in ready:
             for feeder in feeders.values():
                 yield from feeder.receive(ref)

@@ -1,6 +1,7 @@
 """The pool: engines that start when they are first needed, checked beforehand against memory and GPUs, and end with the run."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -21,6 +22,8 @@ from cluster.vllm_engine import environment
 
 ENGINE_OVERHEAD_GIB = 1.5
 """Memory of a CPU engine beside weights and KV cache: two Python processes with torch (measured: 1.3 GiB)."""
+RELEASE_SECONDS = 30
+"""How long Ray may take to notice that engines which have ended left room for others."""
 
 
 class Pool:
@@ -29,6 +32,7 @@ class Pool:
     def __init__(self, config: EngineConfig, receives_weights: bool = False) -> None:
         self.config, self.receives_weights = config, receives_weights
         self._fleet: Fleet | None = None
+        self._starting: list[Any] = []
 
     def __enter__(self) -> "Pool":
         return self
@@ -49,14 +53,17 @@ class Pool:
         return self._fleet is not None
 
     def fleet(self) -> Fleet:
-        """The running engines, started if need be. Raises UserError when they cannot fit in memory or on the cluster's GPUs."""
+        """The engines, started if need be: at least one of them runs, all of them if they receive weights.
+
+        Raises UserError when they cannot fit in memory or on the cluster's machines.
+        """
         if self._fleet is None:
             self.check_memory()
-            self._check_gpus()
-            fleet = Fleet([self._actor(number) for number in range(self.config.engines)], self.config.max_num_seqs)
-            for ready in [actor.ready.remote() for actor in fleet.actors]:
+            self._check_room()
+            self._fleet = Fleet([self._actor(number) for number in range(self.config.engines)], self.config.max_num_seqs)
+            self._starting = [actor.ready.remote() for actor in self._fleet.actors]
+            for ready in ray.wait(self._starting, num_returns=len(self._starting) if self.receives_weights else 1)[0]:
                 answer(ready, f"the engine of {self.config.model} did not start")
-            self._fleet = fleet
         return self._fleet
 
     def map(self, stage: Stage[ShardT, ResultT], shards: Sequence[ShardT]) -> Iterator[Done[ShardT, ResultT]]:
@@ -83,31 +90,55 @@ class Pool:
         if self.config.remote and "RAY_ADDRESS" not in os.environ:
             endpoint_key(self.config.remote)
 
-    def _check_gpus(self) -> None:
-        """Without this, Ray would wait for the GPUs for ever."""
-        need = 0 if self.config.remote else self.config.engines * self.config.gpus
-        total, free = (resources().get("GPU", 0.0) for resources in (ray.cluster_resources, ray.available_resources))
-        if need > free:
-            raise UserError(
-                f"{self.config.engines} engines of {self.config.model} need {need:g} GPUs; the Ray cluster has {total:g}, {free:g} of them "
-                "free. Lower `engines`, or let engines share GPUs: `gpus` below 1 and a smaller `gpu_memory_utilization`."
-            )
+    def _check_room(self) -> None:
+        """Raises UserError when the Ray cluster has no room for these engines: Ray would wait for it for ever.
+
+        One is enough to begin with, the others join when there is room for them; weights are pushed to all of them.
+        """
+        each, engines = self._resources(), self.config.engines if self.receives_weights else 1
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while True:
+            total, free = ray.cluster_resources(), ray.available_resources()
+            largest = {name: max(node["Resources"].get(name, 0.0) for node in ray.nodes() if node["Alive"]) for name in each}
+            missing = [name for name, need in each.items() if engines * need > free.get(name, 0.0) or need > largest[name]]
+            if not missing:
+                return
+            name, need = missing[0], each[missing[0]]
+            if engines * need > total.get(name, 0.0) or need > largest[name] or time.monotonic() > deadline:
+                raise UserError(
+                    f"{engines} of {self.config.engines} engines of {self.config.model} need {engines * need:g} {name}s, "
+                    f"{need:g} of them on one machine; the Ray cluster has {total.get(name, 0.0):g}, {free.get(name, 0.0):g} of them free, "
+                    f"and no machine more than {largest[name]:g}. Lower `engines` or `tensor_parallel`, or let engines share GPUs: `gpus` "
+                    "below 1 and a smaller `gpu_memory_utilization`."
+                )
+            time.sleep(0.2)
+
+    def _resources(self) -> dict[str, float]:
+        """What of a machine Ray sets aside for one engine."""
+        if self.config.remote:
+            return {"CPU": 0}
+        return {"CPU": self.config.tensor_parallel, "GPU": self.config.tensor_parallel * self.config.gpus}
 
     def close(self) -> None:
         """Ends the engines and frees their memory."""
         if self._fleet is None:
             return
-        for actor, stopped in [(actor, actor.stop.remote()) for actor in self._fleet.actors]:
+        started = set(ray.wait(self._starting, num_returns=len(self._starting), timeout=0)[0])
+        ending = [
+            (actor, actor.stop.remote() if ready in started else None)
+            for actor, ready in zip(self._fleet.actors, self._starting, strict=True)
+        ]
+        for actor, stopped in ending:
             # It may be dead already, and one that does not answer is killed in the next line.
             with suppress(RayActorError, ray.exceptions.GetTimeoutError):
-                ray.get(stopped, timeout=20)
+                ray.get(stopped, timeout=20) if stopped else None
             ray.kill(actor)
         self._fleet = None
 
     def _actor(self, number: int) -> Any:
         options = {
-            "num_cpus": 0 if self.config.remote else 1,
-            "num_gpus": 0 if self.config.remote else self.config.gpus,
+            "num_cpus": self._resources()["CPU"],
+            "num_gpus": self._resources().get("GPU", 0),
             "max_restarts": -1,
             "max_concurrency": 64,
             "runtime_env": {"env_vars": environment(self.config) if self.config.backend == "vllm" else {}},

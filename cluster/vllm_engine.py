@@ -55,7 +55,6 @@ class VllmEngine:
         if config.gpus == 0:
             # Seeded requests die on the CPU when a prompt is prefilled in pieces (torch's CPU generator has no offset).
             options |= {
-                "distributed_executor_backend": "uni",
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": config.max_model_len,
                 # The prefix cache holds whole blocks: small ones leave less of a prompt to compute again (128 is the CPU's default).
@@ -72,6 +71,9 @@ class VllmEngine:
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,
                 max_num_seqs=config.max_num_seqs,
+                tensor_parallel_size=config.tensor_parallel,
+                # The workers of one engine are processes of its own machine, which end with it and hold nothing of Ray's.
+                distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
                 enforce_eager=config.gpus == 0,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",

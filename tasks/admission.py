@@ -7,7 +7,7 @@ grow with the texts: uniqueness is checked on 16-byte hashes.
 import hashlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
@@ -26,49 +26,48 @@ BATCH_ROWS = 4096
 class Admission:
     """The rows read so far: admitted ones in `rows`, the others in `quarantined`, both on disk."""
 
-    def __init__(self, files: list[SourceFile], words: int | None, deleted: frozenset[str] = frozenset()) -> None:
-        self.files, self.deleted = files, deleted
+    def __init__(self, files: list[SourceFile], words: int | None, deleted: frozenset[str], never: set[str]) -> None:
+        self.files, self.deleted, self.never = files, deleted, never
         self.rows, self.quarantined = Rows(words), Rows(None)
         self.read = [0] * len(files)
         """Rows read of each file."""
+        self.reserved: set[str] = set()
+        """Scenario groups with a prompt that is decided by one of the clauses `never`: they are for evaluation only."""
         self._numbers = {id(file): number for number, file in enumerate(files)}
         self.ids, self.conversations, self.groups = KeySet(), KeySet(), KeySet()
 
     def add(self, batch: list[tuple[SourceFile, int, Item | str]]) -> None:
         """Rows of equal id or conversation after the first, and prompts that send their group to a second split, are quarantined."""
-        good: list[tuple[int, int, Item]] = []
+        good: list[tuple[int, int, str, Item]] = []
         bad: list[tuple[int, int, str]] = []
         for source, line, item in batch:
             file = self._numbers[id(source)]
             self.read[file] += 1
             if isinstance(item, str):
                 bad.append((file, line, item))
-            elif prompt_hash(item.messages) in self.deleted:
+            elif (name := prompt_hash(item.messages)) in self.deleted:
                 bad.append((file, line, "deleted by request"))
             else:
-                good.append((file, line, item))
-        for known, name, reason in (
-            (self.ids, lambda item: item.id, "id: {id!r} is used by an earlier row"),
-            (self.conversations, lambda item: prompt_hash(item.messages), "messages: the same as those of an earlier row ({id!r} here)"),
-        ):
-            fresh = known.add(_hashes([name(item) for _, _, item in good]))
-            bad += [(file, line, reason.format(id=item.id)) for (file, line, item), new in zip(good, fresh, strict=True) if not new]
-            good = [row for row, new in zip(good, fresh, strict=True) if new]
-        prompts = [(file, line, item) for file, line, item in good if isinstance(item, Prompt)]
-        agree = self._one_split([prompt for _, _, prompt in prompts])
-        admitted: list[tuple[int, int, Item]] = []
-        for (file, line, prompt), fine in zip(prompts, agree, strict=True):
+                good.append((file, line, name, item))
+        fresh = self.ids.add(_hashes([item.id for *_, item in good]))
+        bad += [(*row[:2], f"id: {row[3].id!r} is used by an earlier row") for row, new in zip(good, fresh, strict=True) if not new]
+        good = list(compress(good, fresh))
+        fresh = self.conversations.add(keys_of([bytes.fromhex(name)[:KEY_BYTES] for _, _, name, _ in good]))
+        same = "messages: the same as those of an earlier row ({!r} here)"
+        bad += [(*row[:2], same.format(row[3].id)) for row, new in zip(good, fresh, strict=True) if not new]
+        good = list(compress(good, fresh))
+        prompts = [(row, row[3]) for row in good if isinstance(row[3], Prompt)]
+        admitted: list[tuple[int, int, str, Item]] = []
+        for (row, prompt), fine in zip(prompts, self._one_split([prompt for _, prompt in prompts]), strict=True):
             if fine:
-                admitted.append((file, line, prompt))
+                admitted.append(row)
+                if self.never.intersection(prompt.ideal_clauses):
+                    self.reserved.add(prompt.group)
             else:
-                bad.append((file, line, f"split: {prompt.split or 'none'}, but an earlier row of group {prompt.group!r} says another"))
-        admitted += [row for row in good if isinstance(row[2], CapabilityRow)]
-        self.rows.add([{"file": file, "line": line} | item.model_dump(mode="json") for file, line, item in admitted])
+                bad.append((*row[:2], f"split: {prompt.split or 'none'}, but an earlier row of group {prompt.group!r} says another"))
+        admitted += [row for row in good if isinstance(row[3], CapabilityRow)]
+        self.rows.add([{"file": file, "line": line, "prompt_hash": name} | item.model_dump() for file, line, name, item in admitted])
         self.quarantined.add([{"file": file, "line": line, "reason": reason} for file, line, reason in bad])
-
-    def reserved(self, never: set[str]) -> set[str]:
-        """Scenario groups with a prompt that is decided by one of the clauses `never`: they are for evaluation only."""
-        return {row["group"] for row in self.rows if "group" in row and never.intersection(row["ideal_clauses"])}
 
     def _one_split(self, prompts: list[Prompt]) -> list[bool]:
         """Which prompts name the split that the first prompt of their group names."""
@@ -99,13 +98,13 @@ class Overlap:
         return {"near_duplicates": kinds["near-duplicate"], "contaminated": kinds["contamination"], "dropped": len(self.dropped)}
 
 
-def find_overlap(admission: Admission, reserved: set[str], config: OverlapConfig, benchmarks: list[SourceFile]) -> Overlap:
+def find_overlap(admission: Admission, config: OverlapConfig, benchmarks: list[SourceFile]) -> Overlap:
     """Rows that resemble an earlier one of their side, and training rows that resemble an evaluation prompt. Raises UserError."""
     overlap = Overlap()
     if not config.looks:
         return overlap
     rows, files = admission.rows, admission.files
-    held_out = np.fromiter((split_of(row, reserved) == "eval" for row in rows), np.bool_, len(rows))
+    held_out = np.fromiter((split_of(row, admission.reserved) == "eval" for row in rows), np.bool_, len(rows))
     contaminated: dict[int, Match] = {}
     if config.contamination != "off":
         external, overlap.benchmarks = _conversations(benchmarks, config.shingle_words)

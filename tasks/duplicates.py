@@ -5,17 +5,17 @@ Two conversations resemble each other when the Jaccard similarity of their word 
 in temporary files; memory grows by a few dozen bytes a row.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import rensa
 from pydantic import Field
+from pydantic_core import from_json, to_json
 
 from tasks.sources import Sources
 from tasks.validation import Strict
@@ -28,7 +28,7 @@ NEIGHBOURS = 16
 """Rows of one bucket that each row is compared with, beside the first: without a bound, a thousand copies are half a million pairs."""
 MARGIN = 0.2
 """How far under the threshold a sketch's estimate (standard deviation 0.04) may be for a pair to be compared."""
-CHUNK = 1 << 16
+CHUNK, BLOCK = 1 << 16, 1 << 10
 
 Index = npt.NDArray[np.int64]
 # A word; in scripts that are written without spaces, a letter.
@@ -76,19 +76,23 @@ class Rows:
         return self._count
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        start = self._ends[number - 1] if number else 0
-        self._rows.seek(start)
-        row: dict[str, Any] = json.loads(self._rows.read(self._ends[number] - start))
-        return row
+        return next(self._read(number, number + 1))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[number] for number in range(len(self)))
+        for start in range(0, len(self), BLOCK):
+            yield from self._read(start, min(start + BLOCK, len(self)))
+
+    def _read(self, start: int, end: int) -> Iterator[dict[str, Any]]:
+        begin = self._rows.seek(int(self._ends[start - 1]) if start else 0)
+        borders = [begin, *self._ends[start:end].tolist()]
+        content = self._rows.read(borders[-1] - begin)
+        return (from_json(content[here - begin : there - begin]) for here, there in pairwise(borders))
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Adds rows that JSON can hold."""
         end = self._rows.seek(0, 2)
         for row in rows:
-            end += self._rows.write(json.dumps(row, ensure_ascii=False).encode())
+            end += self._rows.write(to_json(row))
             if self._count == len(self._ends):
                 self._ends = np.concatenate([self._ends, np.zeros_like(self._ends)])
             self._ends[self._count] = end

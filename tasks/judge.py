@@ -86,6 +86,11 @@ class JudgementShard:
     limit: int
     """Threshold of the category: no run after a score below it is needed."""
 
+    @property
+    def at_once(self) -> int:
+        """Requests that it makes at the same time, but for audited rows."""
+        return len(np.unique(self.pairs.rows)) if self.config.sequential else len(self.pairs)
+
 
 def judge_hash(model: Model, config: JudgeConfig, view: str) -> str:
     """Digest of everything that makes a judge's verdict, beside the material: model, revision, template, sampling, view."""
@@ -160,7 +165,7 @@ def give_up(shard: JudgementShard, reason: str) -> Receipt:
 
 JUDGE = Stage(
     run=judge_shard,
-    size=lambda shard: len(shard.pairs),
+    size=lambda shard: shard.at_once,
     prefix=lambda shard: shard.spec.hash,
     split=lambda shard: [replace(shard, pairs=half) for half in shard.pairs.halves()],
     give_up=give_up,

@@ -7,7 +7,7 @@ arXiv 2412.16339, section 2.3.1). The hash of that text, not of the files, is wh
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,7 +96,7 @@ class Policy:
     bundle: BundleFile
     categories: dict[str, Category]
 
-    @property
+    @cached_property
     def clauses(self) -> dict[str, tuple[Category, Clause]]:
         """Clause id -> its category and the clause."""
         return {clause.id: (category, clause) for category in self.categories.values() for clause in category.clauses}

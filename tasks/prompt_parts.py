@@ -1,19 +1,19 @@
 """Writes admitted prompts as Parquet parts of one category each, beside them what was quarantined and what overlaps, and a manifest."""
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+from pydantic_core import to_json
 
 from cluster.errors import SpecmillError, UserError
 from tasks import tables
 from tasks.admission import Admission, Overlap, split_of
 from tasks.policy import Policy
-from tasks.prompts import SPLIT_SHARES, Message, named_split, prompt_hash
+from tasks.prompts import SPLIT_SHARES, named_split
 from tasks.store import Shard, Store
 
 PART_ROWS = 1024
@@ -22,7 +22,7 @@ SHOWN = 20
 SCHEMAS = {"capability": tables.CAPABILITY, "quarantined": tables.QUARANTINED, "overlap": tables.OVERLAP}
 
 
-def write_parts(store: Store, path: str, admission: Admission, policy: Policy, reserved: set[str], overlap: Overlap) -> dict[str, Any]:
+def write_parts(store: Store, path: str, admission: Admission, policy: Policy, overlap: Overlap) -> dict[str, Any]:
     """Writes everything under `path` and returns the manifest. Raises UserError when there is not one prompt."""
     writer = _Writer(store, path, admission)
     for row in admission.quarantined:
@@ -34,7 +34,7 @@ def write_parts(store: Store, path: str, admission: Admission, policy: Policy, r
             writer.keep(row)
     for match in overlap.found:
         writer.write("overlap", match)
-    return writer.finish(policy, reserved, overlap)
+    return writer.finish(policy, overlap)
 
 
 class _Writer:
@@ -66,9 +66,8 @@ class _Writer:
         kind = "prompts" if "group" in row else "capability"
         self.counts[file][kind] += 1
         if kind == "prompts":
-            row["prompt_hash"] = prompt_hash(Message.model_construct(**message) for message in row["messages"])
             row["split"] = row["split"] or named_split(row["group"])
-        self.hash.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+        self.hash.update(to_json(row))
         self.write(row.get("category", kind), row)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
@@ -77,7 +76,7 @@ class _Writer:
         if len(self.waiting[kind]) == PART_ROWS:
             self._flush(kind)
 
-    def finish(self, policy: Policy, reserved: set[str], overlap: Overlap) -> dict[str, Any]:
+    def finish(self, policy: Policy, overlap: Overlap) -> dict[str, Any]:
         """The manifest. Raises UserError when there is not one prompt, SpecmillError when rows went missing."""
         sources = []
         for file, rows, found in zip(self.admission.files, self.admission.read, self.counts, strict=True):
@@ -94,7 +93,9 @@ class _Writer:
         parts = []
         for category in policy.categories:
             for shard in self.files.pop(category, []):
-                splits = Counter(split_of(row, reserved) for row in self.store.read_table(shard.path, ["group", "split"]).to_pylist())
+                splits = Counter(
+                    split_of(row, self.admission.reserved) for row in self.store.read_table(shard.path, ["group", "split"]).to_pylist()
+                )
                 counted = {split: splits[split] for split in SPLIT_SHARES}
                 parts.append({"path": self._inside(shard.path), "category": category, "rows": shard.rows, "splits": counted})
                 self.files["prompts"].append(shard)
@@ -110,7 +111,7 @@ class _Writer:
             "counts": counts,
             "parts": parts,
             "capability": [self._inside(shard.path) for shard in self.files["capability"]],
-            "reserved": sorted(reserved),
+            "reserved": sorted(self.admission.reserved),
             "quarantined": self.shown,
             "reasons": self.reasons,
             "overlap": {

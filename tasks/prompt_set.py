@@ -26,7 +26,7 @@ from tasks.prompts import CapabilityRow, Prompt, Split, read_rows
 from tasks.sources import Source, source_files
 from tasks.store import Store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def load_prompts(
     path = f"prompts/{digest([FORMAT_VERSION, content, compared, checked, sorted(policy.categories), sorted(deleted)])[:12]}"
     manifest = store.read_json(f"{path}/manifest.json")
     if manifest is None:
-        admission = Admission(files, overlap.shingle_words if overlap.looks else None, deleted)
+        never = {name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"}
+        admission = Admission(files, overlap.shingle_words if overlap.looks else None, deleted, never)
         rows = read_rows(files, policy)
         while batch := list(islice(rows, BATCH_ROWS)):
             admission.add(batch)
-        reserved = admission.reserved({name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"})
-        manifest = write_parts(store, path, admission, policy, reserved, find_overlap(admission, reserved, overlap, benchmarks))
+        manifest = write_parts(store, path, admission, policy, find_overlap(admission, overlap, benchmarks))
         store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1).encode())
     return PromptSet(store, path, manifest)

@@ -83,7 +83,7 @@ class Tally:
     def add(self, line: Line, shards: Sequence[Any]) -> None:
         """Asks a line for shards."""
         line.add(shards)
-        self.asked += sum(map(line.stage.size, shards))
+        self.asked += sum(len(shard.pairs) for shard in shards)
 
     def take(self, done: Done) -> None:
         """A finished shard."""
@@ -140,7 +140,7 @@ def cost_per_kept(stages: Sequence[tuple[State, int]], kept: int) -> dict[str, f
 
 @dataclass(frozen=True)
 class Wall:
-    """How long it took, in seconds, and how much of that no shard waited any more: the tail, in which engines run dry."""
+    """How long it took, in seconds, and how much of that came after an engine ran dry for good: the tail."""
 
     seconds: float
     tail: float
@@ -148,14 +148,14 @@ class Wall:
 
 def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> Wall:
     """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others."""
-    started = waited = time.monotonic()
+    started = full = time.monotonic()
 
-    def commit() -> None:
-        nonlocal waited
+    def commit(all_busy: bool) -> None:
+        nonlocal full
         for tally in lines.values():
             tally.commit()
-        if any(line.waiting for line in lines):
-            waited = time.monotonic()
+        if all_busy:
+            full = time.monotonic()
 
     try:
         for done in run(list(lines), tick=commit):
@@ -170,4 +170,4 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
             tally.commit(now=True)
         raise
     ended = time.monotonic()
-    return Wall(ended - started, ended - waited)
+    return Wall(ended - started, ended - full)

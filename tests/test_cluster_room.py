@@ -1,0 +1,107 @@
+"""Room on the cluster: engines that join when it grows, engines that spread over several cores, and what both give back."""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from ray import cloudpickle
+
+from cluster.chat import Turn
+from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
+from cluster.errors import UserError
+from cluster.fleet import Stage
+from cluster.pool import Pool
+
+pytestmark = pytest.mark.slow
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Any]:
+    """A Ray cluster with one core to give away; more machines may be added."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = cluster.address
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    if before is None:
+        del os.environ["RAY_ADDRESS"]
+    else:
+        os.environ["RAY_ADDRESS"] = before
+
+
+def free_cores(ray: Any, cores: float) -> float:
+    """The cores that Ray has to give away, as soon as they are as many as expected, or after ten seconds."""
+    deadline = time.monotonic() + 10
+    while (free := ray.available_resources().get("CPU", 0.0)) != cores and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return free
+
+
+async def process_id(engine: Engine, shard: int) -> int:
+    await asyncio.sleep(0.1)
+    return os.getpid()
+
+
+async def drawn(engine: Engine, shard: str) -> list[int]:
+    """Token ids that the engine draws after a text, greedily but for ties."""
+    return (await engine.complete([Turn(role="user", content=shard)], Sampling(0.01, 24, seed=3))).token_ids
+
+
+PIDS = Stage(run=process_id, size=lambda shard: 1)
+DRAWN = Stage(run=drawn, size=lambda shard: 1)
+
+
+def test_an_engine_without_room_joins_when_a_machine_does_and_all_room_is_given_back(machines: Any) -> None:
+    import ray
+
+    served = EngineConfig(backend="fake", engines=2, max_num_seqs=2, fake=FakeConfig())
+    seen: list[int] = []
+    with Pool(served) as pool:
+        for number, done in enumerate(pool.map(PIDS, list(range(200)))):
+            seen.append(done.result)
+            if number == 5:
+                assert len(set(seen)) == 1, "there is room for one"
+                added = machines.add_node(num_cpus=1)
+    assert len(seen) == 200 and len(set(seen)) == 2
+    assert free_cores(ray, 2) == 2
+    machines.remove_node(added)
+    assert free_cores(ray, 1) == 1
+
+
+def test_an_engine_that_no_machine_has_room_for_is_told_and_not_waited_for(machines: Any) -> None:
+    wide, many = EngineConfig(backend="fake", tensor_parallel=2), EngineConfig(backend="fake", engines=2)
+    with Pool(wide) as pool, pytest.raises(UserError, match=r"2 of them on one machine.* Lower .*`tensor_parallel`"):
+        pool.fleet()
+    with Pool(many, receives_weights=True) as pool, pytest.raises(UserError, match=r"2 of 2 engines .* need 2 CPUs"):
+        pool.fleet()
+
+
+def test_an_engine_over_two_cores_draws_what_one_draws_and_gives_both_back(machines: Any, tiny_model: str) -> None:
+    import ray
+
+    added = machines.add_node(num_cpus=2)
+    one = EngineConfig(model=tiny_model, dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_gib=0.05)
+    texts, found = ["What is a noun?", "Name three rivers."], {}
+    for width in (1, 2):
+        assert free_cores(ray, 3) == 3
+        with Pool(one.model_copy(update={"tensor_parallel": width})) as pool:
+            found[width] = {done.shard: done.result for done in pool.map(DRAWN, texts)}
+            assert ray.available_resources().get("CPU", 0.0) == 3 - width
+            (engine,) = {done.result for done in pool.map(PIDS, [0])}
+            processes = [psutil.Process(engine), *psutil.Process(engine).children(recursive=True)]
+        assert free_cores(ray, 3) == 3
+        assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert len(processes) > 2, "its workers are processes"
+    assert found[1] == found[2] and all(len(ids) == 24 for ids in found[2].values())
+    machines.remove_node(added)
