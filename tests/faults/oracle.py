@@ -7,7 +7,9 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
-from simulation import DRIFT, LIMIT, PROMPTS, Settings, World, said, specs, workspace
+from simulation.engines import said
+from simulation.run import LIMIT, specs, workspace
+from simulation.world import DRIFT, PROMPTS, Settings, World
 
 import tasks.store
 from flows.workspace import survey

@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from oracle import Oracle
-from simulation import DRIFT, LEASE, ROOT, SNAPSHOT_ENTRIES, Crashed, Process, Settings, Stuck, World, inside, workspace
+from simulation import SNAPSHOT_ENTRIES, inside
+from simulation.run import ROOT, workspace
+from simulation.world import DRIFT, LEASE, Crashed, Process, Settings, Stuck, World
 
 import flows.steps
 import tasks.complete
