@@ -47,7 +47,7 @@ class Engines:
             return result | {"quarantined": "verdict not parsable"}
         return result | {"score": self.world.rng.randint(2, 5)}
 
-    def run(self, lines: Sequence[Line], tick: Callable[[], None]) -> Iterator[Done]:
+    def run(self, lines: Sequence[Line], tick: Callable[[bool], None]) -> Iterator[Done]:
         """A fleet: shards finish in any order, some are given up, and now and then an engine fails for good."""
         world, under_way = self.world, []
         while True:
@@ -62,7 +62,7 @@ class Engines:
             under_way.remove((due, work))
             while world.now < due:
                 world.wait(min(1.0, due - world.now))
-                tick()
+                tick(True)
             if world.happens(world.weather.engine_fails):
                 raise SpecmillError("an engine failed")
             if world.happens(world.weather.give_up):
