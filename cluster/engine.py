@@ -24,6 +24,9 @@ class FakeConfig(BaseModel):
     drop: float = Field(0, ge=0, le=1, title="Dropped", description="Share of requests whose connection is dropped.")
     error: float = Field(0, ge=0, le=1, title="Errors", description="Share of requests answered with status 500.")
     hang: float = Field(0, ge=0, le=1, title="Hanging", description="Share of requests that are never answered.")
+    tokenizes: bool = Field(
+        True, title="Tokenizes", description="Off: the length of a prompt is told by its characters, as if it were tokenised elsewhere."
+    )
     malformed: float = Field(0, ge=0, le=1, title="Malformed", description="Share of answers that ignore grammar and schema.")
     die_at: int | None = Field(None, ge=1, title="Death", description="The engine dies at this request, each time it was started.")
     die_on: str | None = Field(None, min_length=1, title="Deadly text", description="A prompt that holds this text kills the engine.")

@@ -10,14 +10,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from random import Random
 
 from cluster import fake_text
-from cluster.chat import Turn, chat_of
+from cluster.chat import LONG_TEXT, Turn, chat_of
 from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, Unavailable, request_ids
 from cluster.errors import UserError
 from cluster.models import Model, resolve_model
 
+CHARACTERS_PER_TOKEN = 4
 FREE_CHARACTERS = 80
 """Length of what is said when neither grammar nor schema holds it."""
 
@@ -47,13 +49,13 @@ class FakeEngine:
 
     async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""
-        fake, prompt = self.fake, request_ids(self._chat, turns, sampling, self.config)
-        name = hashlib.sha256(json.dumps([fake.seed, sampling.seed, turns]).encode()).hexdigest()
+        fake, prompt = self.fake, request_ids(self._chat, turns, sampling, self.config) if self.fake.tokenizes else []
+        name = _name(fake.seed, sampling.seed, turns)
         async with self._room:
             self._asked += 1
             if fake.die_at and self._asked >= fake.die_at:
                 raise EngineDied(f"the fake engine was told to die at request {fake.die_at}")
-            if fake.die_on and fake.die_on in self._chat.decode(prompt):
+            if fake.die_on and any(fake.die_on in turn["content"] for turn in turns):
                 raise EngineDied(f"the fake engine was told to die of {fake.die_on!r}")
             if fake.latency_seconds:
                 await asyncio.sleep(fake.latency_seconds * math.exp(fake.latency_spread * Random(name).gauss(0, 1)))
@@ -63,7 +65,8 @@ class FakeEngine:
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         ids = ids[: sampling.max_tokens]
         logprobs = [-1.0] * len(ids) if sampling.logprobs else []
-        return Completion(self._chat.decode(ids), reason, len(prompt), 0, len(ids), prompt, ids, logprobs)
+        length = len(prompt) or sum(len(turn["content"]) for turn in turns) // CHARACTERS_PER_TOKEN
+        return Completion(self._chat.decode(ids), reason, length, 0, len(ids), prompt, ids, logprobs)
 
     async def load_weights(self, path: str, version: int) -> None:
         """There is no policy to train or evaluate."""
@@ -98,3 +101,17 @@ class FakeEngine:
         if sampling.json_schema:
             return fake_text.from_schema(sampling.json_schema)(random)
         return fake_text.words(random, FREE_CHARACTERS)
+
+
+def _name(engine_seed: int, seed: int, turns: Sequence[Turn]) -> str:
+    """Hash of a request, from which all that becomes of it follows."""
+    name = hashlib.sha256(f"{engine_seed}/{seed}".encode())
+    for turn in turns:
+        name.update(_text_hash(turn["content"]) if len(turn["content"]) > LONG_TEXT else turn["content"].encode())
+        name.update(turn["role"].encode())
+    return name.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _text_hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -8,6 +8,7 @@ so that one model in both roles computes it once.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from cluster.chat import Turn
@@ -74,11 +75,15 @@ def generator_turns(spec: Spec, messages: Iterable[Message], placement: Placemen
     turns = [Turn(role=message.role, content=message.content) for message in messages]
     instructions = _INSTRUCTIONS + (_APART if apart else _MARKED)
     if placement == "system":
-        system = f"{spec.text}\n\n{_FRAME} {_ASK} {instructions}"
-        return [Turn(role="system", content=system), *turns]
+        return [Turn(role="system", content=_generator_system(spec.text, instructions)), *turns]
     conversation = json.dumps(turns, ensure_ascii=False)
     text = f"Conversation:\n{conversation}\n\n{_ASK}\n\n{spec.text}\n\n---\n{instructions}"
     return [Turn(role="user", content=text)]
+
+
+@lru_cache(maxsize=64)
+def _generator_system(spec: str, instructions: str) -> str:
+    return f"{spec}\n\n{_FRAME} {_ASK} {instructions}"
 
 
 def plain_turns(messages: Iterable[Message]) -> list[Turn]:
@@ -88,9 +93,7 @@ def plain_turns(messages: Iterable[Message]) -> list[Turn]:
 
 def judge_turns(spec: Spec, case: FullCase | BlindCase, order: tuple[str, ...]) -> list[Turn]:
     """A judge's request; `order` is the order of the sub-scores in its answer."""
-    rubric = "; ".join(f"{name}: {_RUBRIC[name]}" for name in sorted(order))
-    system = f"{spec.text}\n\n{_JUDGE_FRAME}\n\nGrade from 1 (worst) to 5 (best): {rubric}."
-    material: dict[str, object] = {"conversation": [message.model_dump() for message in case.messages]}
+    material: dict[str, object] = {"conversation": [{"role": turn.role, "content": turn.content} for turn in case.messages]}
     hint = ""
     if isinstance(case, FullCase):
         material["thought"] = case.thought
@@ -98,7 +101,13 @@ def judge_turns(spec: Spec, case: FullCase | BlindCase, order: tuple[str, ...]) 
         hint = f"\n{_HELPFULNESS[case.ideal_verdict]}"
     material["answer"] = case.answer
     ask = f"{json.dumps(material, ensure_ascii=False)}{hint}\nAnswer with a JSON list of grades in this order: {', '.join(order)}."
-    return [Turn(role="system", content=system), Turn(role="user", content=ask)]
+    return [Turn(role="system", content=_judge_system(spec.text, tuple(sorted(order)))), Turn(role="user", content=ask)]
+
+
+@lru_cache(maxsize=64)
+def _judge_system(spec: str, names: tuple[str, ...]) -> str:
+    rubric = "; ".join(f"{name}: {_RUBRIC[name]}" for name in names)
+    return f"{spec}\n\n{_JUDGE_FRAME}\n\nGrade from 1 (worst) to 5 (best): {rubric}."
 
 
 _SPEC, _TALK = Spec("<spec>", ""), (Message(role="user", content="<request>"),)

@@ -7,6 +7,7 @@ and the row has no score. Sub-scores are integers 1 to 5; a run's score is the m
 import asyncio
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,7 @@ async def _judge_row(engine: Engine, shard: JudgementShard, row: dict[str, Any],
     return result | verdict.scores | {"score": verdict.score}
 
 
+@lru_cache(maxsize=8)
 def _schema(length: int) -> str:
     grade = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}
     return json.dumps({"type": "array", "prefixItems": [grade] * length, "items": False, "minItems": length, "maxItems": length})

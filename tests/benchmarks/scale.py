@@ -44,7 +44,7 @@ def policies() -> list[Path]:
 
 def write_run(folder: Path, engines: int) -> None:
     """The run file: nothing is compared for overlap, which has a measurement of its own."""
-    engine = {"backend": "fake", "engines": engines, "max_num_seqs": 256}
+    engine = {"backend": "fake", "engines": engines, "max_num_seqs": 256, "fake": {"tokenizes": False}}
     content = {
         "version": 1,
         "name": "scale",
