@@ -96,9 +96,9 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def scale(prompts: int, engines: int) -> None:
     """All measurements, one line each."""
-    import ray
+    from cluster.session import ray_session  # before Ray, which reads its settings when it is imported
 
-    from cluster.session import ray_session
+    import ray
 
     with tempfile.TemporaryDirectory() as place, ray_session():
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
