@@ -36,6 +36,36 @@ def environment(config: EngineConfig) -> dict[str, str]:
     return variables
 
 
+def engine_options(config: EngineConfig) -> dict[str, Any]:
+    """What vLLM is told of an engine, beside its model."""
+    from vllm.config import StructuredOutputsConfig
+
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel,
+        # The workers of one engine are processes of its own machine, which end with it and hold nothing of Ray's.
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "enforce_eager": config.gpus == 0,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        # JSON without white space: shorter, and no model can fill its answer with blanks. A request cannot ask for it.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+        "seed": 0,
+    }
+    if config.gpus:
+        return options | {"gpu_memory_utilization": config.gpu_memory_utilization}
+    # Seeded requests die on the CPU when a prompt is prefilled in pieces (torch's CPU generator has no offset).
+    return options | {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": config.max_model_len,
+        # The prefix cache holds whole blocks: small ones leave less of a prompt to compute again (128 is the CPU's default).
+        "block_size": 32,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+    }
+
+
 class VllmEngine:
     """One model served by vLLM in this process's child; call `start` once, from the event loop that uses it."""
 
@@ -46,44 +76,14 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Loads the weights. Takes 10 to 60 seconds."""
-        from vllm.config import StructuredOutputsConfig, WeightTransferConfig
+        from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        config = self.config
-        options: dict[str, Any] = {}
-        if config.gpus == 0:
-            # Seeded requests die on the CPU when a prompt is prefilled in pieces (torch's CPU generator has no offset).
-            options |= {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": config.max_model_len,
-                # The prefix cache holds whole blocks: small ones leave less of a prompt to compute again (128 is the CPU's default).
-                "block_size": 32,
-                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-            }
-        else:
-            options["gpu_memory_utilization"] = config.gpu_memory_utilization
+        options = engine_options(self.config)
         if self.receives_weights:
             options["weight_transfer_config"] = WeightTransferConfig(backend=BACKEND)
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=self.model.path,
-                dtype=config.dtype,
-                max_model_len=config.max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                tensor_parallel_size=config.tensor_parallel,
-                # The workers of one engine are processes of its own machine, which end with it and hold nothing of Ray's.
-                distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-                enforce_eager=config.gpus == 0,
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",
-                # JSON without white space: shorter, and no model can fill its answer with blanks. A request cannot ask for it.
-                structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
-                seed=0,
-                disable_log_stats=True,
-                **options,
-            )
-        )
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model.path, disable_log_stats=True, **options))
         if self.receives_weights:
             await self._engine.init_weight_transfer_engine(_request(init_info={}))
 
