@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick soak scale lint lock clean
+.PHONY: help setup demo test quick soak scale bench lint lock clean
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -41,21 +41,33 @@ soak: setup ## the tests that take many minutes: interruptions in every stage, b
 scale: setup ## how far one driver reaches: a million prompts through fake engines
 	.venv/bin/python tests/benchmarks/scale.py
 
+bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and datatrove: one table, half an hour on a quiet machine
+	@mkdir -p build
+	.venv/bin/python tests/benchmarks/report.py > build/bench.md
+	for script in raw_vllm ray_data_llm peers; do .venv/bin/python tests/benchmarks/$$script.py >> build/bench.md; done
+	cat build/bench.md
+
+.venv-peers/.packages: tests/benchmarks/peers.lock | .venv/.packages
+	.venv/bin/uv venv -q --clear --python .venv/bin/python .venv-peers
+	.venv/bin/uv pip install -q --require-hashes --no-deps -r tests/benchmarks/peers.lock --python .venv-peers/bin/python
+	touch $@
+
 lint: setup ## style, types and the direction of imports
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-lock: ## writes both lock files from pyproject.toml, keeping the versions that still fit (needs uv)
+lock: ## writes the lock files from pyproject.toml, keeping the versions that still fit (needs uv)
 	@lock() { UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate "$$@"; }
 	lock pyproject.toml --extra cpu --extra dev --no-emit-package torch -o requirements-cpu.lock
 	printf 'pip\nsetuptools\nuv\n' | lock - -c requirements-cpu.lock -o requirements-build.lock
+	lock tests/benchmarks/peers.in -o tests/benchmarks/peers.lock
 	# What holds for every line (CPython on the two kinds of machine) is checked by `setup` and not said 250 times.
-	sed -i -E "s/ ; python_full_version < '3.15' and implementation_name == 'cpython' and \(\(platform_machine.*/ \\\\/" requirements-*.lock
+	sed -i -E "s/ ; python_full_version < '3.15' and implementation_name == 'cpython' and \(\(platform_machine.*/ \\\\/" requirements-*.lock tests/benchmarks/peers.lock
 
-clean: ## removes .venv and the tools' caches; runs and the converted model stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+clean: ## removes the environments and the tools' caches; runs and the converted model stay
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
 	find flows tasks cluster tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Everything is installed with --no-deps: the lock is complete, and it leaves out packages that break or bloat a CPU install.
