@@ -7,7 +7,8 @@ tokenising are off, nothing to decode, small batches of which a quarter more tha
 engines to cores; the kernel may move them. It writes Parquet, without checkpoints.
 
 It starts engines for every run. Its rows/s are counted from its first drawn token to its last, as vLLM noted them: starting, compiling the
-grammar, the first prompt and writing the last file are left out. Specmill's are counted from the plan to the last commit.
+grammar, the first prompt and writing the last file are left out. Specmill's are counted from the plan to the last commit, after some
+rows that compile the grammar, and from an empty prefix cache.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
+from raw_vllm import forget, on_all
 from report import machine, ranged, ratio, row, say
 from workload import Request, Result, fresh, requests_of, specmill, write_run
 
@@ -88,11 +90,15 @@ def compare(arguments: argparse.Namespace) -> None:
     speeds: dict[str, list[float]] = {"ray.data.llm": [], "Specmill": []}
     with tempfile.TemporaryDirectory() as place, ray_session():
         file = write_run(Path(place) / "run", arguments.prompts, engine, n=2)
+        first = write_run(Path(place) / "first", arguments.batch, engine, n=1)
         for number in range(arguments.runs):
             run = fresh(file, number)
             results = {"ray.data.llm": ray_data(requests_of(run), run.generator.model, run.generator.config, Path(place) / f"ray-{number}")}
             with Pool(run.generator.config) as pool:
-                run.generator = pool
+                warm, run.generator = fresh(first, number), pool
+                warm.generator = pool
+                specmill(warm)
+                on_all(pool, forget, None)
                 results["Specmill"] = specmill(run)
             for name, result in results.items():
                 say(f"run {number + 1}: {name} {result.rows} rows, {result.tokens} tokens in {result.seconds:.1f} s")
