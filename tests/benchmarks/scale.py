@@ -96,11 +96,11 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def scale(prompts: int, engines: int) -> None:
     """All measurements, one line each."""
-    from cluster.session import ray_session  # before Ray, which reads its settings when it is imported
-
-    import ray
+    from cluster.session import ray_session
 
     with tempfile.TemporaryDirectory() as place, ray_session():
+        import ray  # behind `cluster`, which makes the settings that it reads when it is imported
+
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         folder = Path(place)
         (folder / "prompts").mkdir()
