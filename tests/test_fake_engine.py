@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster import fake_text
+from cluster import fake_text, serving
 from cluster.chat import Turn, chat_of
 from cluster.engine import Completion, EngineConfig, EngineDied, FakeConfig, Sampling
 from cluster.fake_engine import FakeEngine, fake_model
@@ -87,7 +87,13 @@ def served(fake: FakeEngine, **config: Any) -> Metered:
     return Metered(Served(fake, fake.config.model_copy(update=config)))
 
 
-def test_what_is_not_answered_is_asked_again_and_counted() -> None:
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked again is asked soon."""
+    monkeypatch.setattr(serving, "LONGEST_PAUSE", 0.1)
+
+
+def test_what_is_not_answered_is_asked_again_and_counted(short_pauses: None) -> None:
     metered = served(engine(drop=0.5), attempts=20)
     for seed in range(4):
         run(metered.complete(PROMPT, Sampling(1.0, 8, seed)))
@@ -107,7 +113,7 @@ def test_an_engine_that_answers_nothing_is_declared_dead() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_slow_request_is_asked_again_while_others_are_answered() -> None:
+def test_a_slow_request_is_asked_again_while_others_are_answered(short_pauses: None) -> None:
     """The watchdog looks at the engine, the time-out at the request."""
     metered = served(engine(hang=0.3, latency_seconds=0.05), request_seconds=0.5, stuck_seconds=60, attempts=20)
 

@@ -12,6 +12,7 @@ import pytest
 from faulty_proxy import Fault, reset, status
 from provider import KEY, TURNS, VARIABLE, answering, config, draw, draw_many, engine, failed, said
 
+from cluster import serving
 from cluster.chat import Turn
 from cluster.engine import Busy, Sampling, Unavailable
 from cluster.errors import SpecmillError, UserError
@@ -103,7 +104,8 @@ def test_a_pause_ends_before_the_watchdog_wakes() -> None:
     assert raised.value.pause == 30
 
 
-def test_a_busy_server_costs_no_row_and_one_that_stays_busy_ends_the_run() -> None:
+def test_a_busy_server_costs_no_row_and_one_that_stays_busy_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LONGEST_PAUSE", 0.1)
     with answering(failed(429), failed(429), said()) as proxy:
         assert draw_many(engine(config(proxy.url, attempts=1)), 1).usage.retries == 2
     with answering(failed(503)) as proxy, pytest.raises(SpecmillError, match=r"503.*What is made is kept"):

@@ -18,6 +18,7 @@ from endpoint_runs import run_file
 from faulty_proxy import faulty_proxy, reset
 from provider import KEY, TURNS, VARIABLE, config, draw, engine, failed
 
+from cluster import serving
 from cluster.engine import Completion, Sampling
 from cluster.errors import UserError
 from cluster.serving import Metered, Served
@@ -68,7 +69,8 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def test_through_faults_all_is_answered_pauses_are_kept_and_the_limit_falls_and_rises(server: int) -> None:
+def test_through_faults_all_is_answered_pauses_are_kept_and_the_limit_falls_and_rises(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LONGEST_PAUSE", 1.0)
     told: list[float] = []
     limits: list[float] = []
 
