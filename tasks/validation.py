@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster.errors import UserError
 
 T = TypeVar("T", bound=BaseModel)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's, where PyYAML was built with it: a policy takes 0.02 s instead of 0.3 s, and every run reads one."""
 
 
 class Strict(BaseModel):
@@ -21,7 +23,7 @@ class Strict(BaseModel):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping; raises UserError that names the file and, for broken YAML, the line."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), LOADER)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except UnicodeDecodeError as error:
