@@ -20,7 +20,7 @@ from tasks.rl import RlConfig
 from tasks.select import SelectConfig
 from tasks.sft import UNIMPORTANT, SftConfig
 from tasks.sources import Source, Sources, located
-from tasks.validation import Strict, parse, read_yaml
+from tasks.validation import Strict, load_yaml, parse, read_yaml
 
 
 class RunConfig(Strict):
@@ -93,7 +93,7 @@ def load_run(request: RunRequest) -> RunConfig:
         if not equals or not name:
             raise UserError(f"--set {change!r}: expected field=value, for example `--set judge.k=5`.")
         try:
-            _set(content, name.strip(), yaml.safe_load(value))
+            _set(content, name.strip(), load_yaml(value))
         except yaml.YAMLError:
             raise UserError(f"--set {change!r}: the value is not YAML.") from None
     if "version" not in content:
