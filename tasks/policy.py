@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from cluster.errors import UserError
-from tasks.validation import Strict, parse, read_yaml
+from tasks.validation import Strict, name_of, parse, read_yaml
 
 Verdict = Literal["comply", "refuse", "safe_complete"]
 VERDICTS: tuple[Verdict, ...] = ("comply", "refuse", "safe_complete")
@@ -193,9 +193,9 @@ def _place(content: dict[str, Any], category: str, location: tuple) -> str:
     if len(rest) >= 2 and rest[0] == "clauses" and isinstance(rest[1], int):
         clause = content["clauses"][rest[1]]
         name = clause.get("id") if isinstance(clause, dict) else None
-        parts.append(f"clause {name or 'number ' + str(rest[1] + 1)}")
+        parts.append(f"clause {name_of(name) if name else 'number ' + str(rest[1] + 1)}")
         rest = rest[2:]
-    parts.append(".".join(str(part) for part in rest))
+    parts.append(".".join(map(name_of, rest)))
     return ": ".join(part for part in parts if part)
 
 

@@ -110,6 +110,8 @@ def _checked(row: dict[str, Any], file: SourceFile, policy: Policy | None) -> Co
         return Conversation.model_validate(fields) if policy is None else _parse(fields, file, policy)
     except ValidationError as error:
         return "; ".join(line.removeprefix("row: ") for line in describe(error, "row"))
+    except RecursionError:
+        return "nested too deeply"
     except ValueError as error:
         return str(error)
 

@@ -1,6 +1,7 @@
 """Reads what a person writes, and turns what is wrong with it into messages to act on: file, place, field, what is wrong."""
 
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +15,10 @@ T = TypeVar("T", bound=BaseModel)
 MAX_VALUES = 100_000
 """No file that a person writes has more; one whose aliases repeat aliases has billions."""
 MAX_DIGITS = 40
+SHOWN = 60
+"""Characters of a wrong value or name that a message repeats."""
+_REPR = reprlib.Repr()  # of what is long or deep only the beginning
+_REPR.maxstring = _REPR.maxother = SHOWN
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -111,7 +116,7 @@ def describe(error: ValidationError, path: Path | str, place: Callable[[tuple], 
     """One line for every problem: `file: place: what`. `place` turns pydantic's location into words."""
     lines = []
     for problem in error.errors(include_url=False):
-        location = place(problem["loc"]) if place else ".".join(str(part) for part in problem["loc"])
+        location = place(problem["loc"]) if place else ".".join(map(name_of, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown field"
@@ -121,6 +126,12 @@ def describe(error: ValidationError, path: Path | str, place: Callable[[tuple], 
     return lines
 
 
+def name_of(part: Any) -> str:
+    """A part of a location; what a row calls its fields may be anything."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= SHOWN else _short(part)
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = _REPR.repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
