@@ -15,7 +15,7 @@ from cluster.errors import UserError
 class FakeConfig(BaseModel):
     """What the fake engine does. Shares are of requests, chosen by the seed; a request that is asked again meets another fate."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     seed: int = Field(0, title="Seed", description="Chooses texts, latencies and faults.")
     start_seconds: float = Field(0, ge=0, title="Start", description="How long the engine takes to start.")
@@ -35,7 +35,7 @@ class FakeConfig(BaseModel):
 class EndpointConfig(BaseModel):
     """Where an OpenAI-compatible server is, and what it can and costs. Prices are in one currency, per million tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     url: str = Field(title="URL", description="Address of the API, usually with `/v1` at the end. No part of any key.")
     key_variable: str | None = Field(
@@ -86,7 +86,7 @@ class EndpointConfig(BaseModel):
 class EngineConfig(BaseModel):
     """How one model is served. Part of a result's identity: `model`, `revision`, a fake's `seed`, and `identity`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     backend: Literal["vllm", "openai", "fake"] = Field(
         "vllm",

@@ -35,7 +35,7 @@ class GenerateConfig(Strict):
     """How completions are drawn."""
 
     engine: EngineConfig = Field(EngineConfig(), title="Generator", description="The model that writes thoughts and answers.")
-    n: int = Field(2, ge=1, title="Samples per prompt", description="More samples give the selection more to choose from.")
+    n: int = Field(2, ge=1, le=1000, title="Samples per prompt", description="More samples give the selection more to choose from.")
     temperature: float = Field(1.0, gt=0, le=2, title="Temperature", description="Sampling temperature.")
     seed: int = Field(0, ge=0, title="Seed", description="Sample i of a prompt has the seed of its prompt plus i.")
     placement: Placement = Field("system", title="Spec placement", description="`system` shares a prefix; `user` is the paper's order.")

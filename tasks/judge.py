@@ -35,14 +35,14 @@ NAME = ["key", "content", "prompt_id", "category"]
 CASE = [*NAME, "messages", "thought", "answer"]
 """Columns of a completion that name it, and those that a judge is shown besides."""
 RETRY_SEEDS = 1000
-"""How far apart the seeds of a run's attempts are; more than there are runs."""
+"""How far apart the seeds of a run's attempts are; as many as there can be runs."""
 
 
 class JudgeConfig(Strict):
     """Who judges, and how often."""
 
     engine: EngineConfig = Field(EngineConfig(), title="Judge", description="Named apart from the generator, even when it is the same.")
-    k: int = Field(3, ge=1, title="Runs", description="Independent runs per row; the minimum decides.")
+    k: int = Field(3, ge=1, le=1000, title="Runs", description="Independent runs per row; the minimum decides.")
     temperature: float = Field(0.7, gt=0, le=2, title="Temperature", description="Above 0: at 0 all runs are one run.")
     seed: int = Field(0, ge=0, title="Seed", description="Base of the seeds of the runs.")
     attempts: int = Field(3, ge=1, title="Attempts", description="Tries per run before an unparsable verdict is quarantined.")

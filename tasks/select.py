@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,9 @@ class SelectConfig(Strict):
     """Which judged rows become training data."""
 
     threshold: int = Field(4, ge=1, le=5, title="Threshold", description="Lowest row score (minimum over k runs) that is kept.")
-    category_threshold: dict[str, int] = Field({}, title="Thresholds by category", description="Overrides the threshold.")
+    category_threshold: dict[str, Annotated[int, Field(ge=1, le=5)]] = Field(
+        {}, title="Thresholds by category", description="Overrides the threshold."
+    )
     best_of: int = Field(1, ge=1, title="Best of n", description="Kept samples per prompt, the best first.")
     max_per_category: int | None = Field(None, ge=1, title="Category quota", description="Most rows of one category.")
     max_per_verdict: int | None = Field(None, ge=1, title="Verdict quota", description="Most rows of one verdict within a category.")

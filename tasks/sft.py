@@ -29,7 +29,7 @@ UNIMPORTANT = {"ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps"}
 class SftConfig(BaseModel):
     """One supervised fine-tuning run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(2, ge=1, title="Epochs", description="How often every row is seen.")
     capability_ratio: float = Field(

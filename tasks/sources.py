@@ -86,7 +86,7 @@ class Source(Strict):
     )
     format: FileFormat | None = Field(None, title="Format", description="jsonl, csv or parquet. Left out: the file's suffix says it.")
     delimiter: str = Field(",", min_length=1, max_length=1, title="Delimiter", description="What separates the cells of a CSV file.")
-    skip_lines: int = Field(0, ge=0, title="Skipped lines", description="Lines before the header of a CSV file.")
+    skip_lines: int = Field(0, ge=0, le=100_000, title="Skipped lines", description="Lines before the header of a CSV file.")
     columns: Columns = Field(Columns(), title="Columns", description="Which column is which field.")
     constants: dict[Label, LabelValue] = Field(
         {}, title="Constants", description="Field -> value where the source has no column for it, or nothing in it."

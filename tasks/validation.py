@@ -24,9 +24,9 @@ _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Strict(BaseModel):
-    """Base of everything a person writes: an unknown field is an error, never ignored."""
+    """Base of everything a person writes: an unknown field is an error, never ignored, and so is a number that is none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
