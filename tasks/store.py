@@ -95,7 +95,9 @@ class Store:
         return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     def path(self, path: str) -> str:
-        """The full path of a file under the root."""
+        """The full path of a file under the root. Raises Corrupt for one that leads out of it: nothing of ours has such a name."""
+        if path.startswith("/") or ".." in path.split("/"):
+            raise Corrupt(f"{self.root}: something here names the file {path!r}, which lies outside of this root")
         return f"{self.base}/{path}"
 
     def check_writable(self) -> None:
@@ -249,7 +251,7 @@ class Store:
                 raise UserError(f"root {self.root!r} refuses {path}: {str(error.strerror or error).rstrip('.')}. {advice}") from error
             except Exception as error:
                 definite = isinstance(error, OSError) and (self.local or isinstance(error, DEFINITE) or error.errno in DEFINITE_NUMBERS)
-                if definite:
+                if definite or isinstance(error, SpecmillError):
                     raise
                 pause = random.uniform(0, min(5.0, 0.1 * 2**attempt))
                 if time.monotonic() + pause > deadline:
