@@ -22,8 +22,10 @@ from typing import Any, Literal, TypeVar
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.errors import SpecmillError, UserError
+from tasks.validation import describe
 
 ROW_GROUP_ROWS = 1024
 T = TypeVar("T")
@@ -156,14 +158,22 @@ class Store:
             seconds = changed if isinstance(changed, float) else changed.timestamp()
             yield str(path).removeprefix(f"{self.base}/"), int(about["size"]), seconds
 
-    def read_json(self, path: str) -> Any:
-        """The content of a JSON file, or None when there is no such file. Raises Corrupt when it is not JSON."""
+    def read_json(self, path: str, kind: TypeAdapter[Any] | None = None) -> Any:
+        """The content of a JSON file, or None when there is no such file. Raises Corrupt when it is not JSON, or not of its kind."""
         try:
-            return json.loads(self.read(path))
-        except FileNotFoundError:
+            content = self.read(path)
+            if kind is not None:
+                kind.validate_json(content, strict=True)
+            found = json.loads(content)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError as error:
-            raise Corrupt(f"{path}: not JSON: {error}") from error
+        except ValidationError as error:
+            raise Corrupt("; ".join(describe(error, self.path(path))[:3])) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise Corrupt(f"{self.path(path)}: not JSON: {error}") from error
+        if found is None:
+            raise Corrupt(f"{self.path(path)}: holds nothing")
+        return found
 
     def put_table(self, folder: str, table: pa.Table) -> Shard:
         """Writes rows as a Parquet file named by its content; counts rows whose column `quarantined` is set."""
@@ -213,6 +223,8 @@ class Store:
             content = self.read(file.path)
         except FileNotFoundError:
             return f"{file.path}: missing"
+        except OSError as error:
+            return f"{file.path}: cannot be read: {error.strerror or error}"
         if hashlib.sha256(content).hexdigest() != file.sha256:
             return f"{file.path}: checksum differs ({len(content)} bytes, expected {file.bytes})"
         return None
