@@ -12,7 +12,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from cluster.errors import SpecmillError, UserError
 from cluster.serving import Usage
@@ -21,6 +23,37 @@ from tasks.store import Conflict, Corrupt, Down, Shard, Store
 
 SNAPSHOT_ENTRIES = 64
 """Snapshot m holds what entries 0 to 64 m - 1 say, and is written before entry 64 m is. Another number is another format."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an entry's file holds. `time`: when it was written, in seconds since 1970, for people."""
+
+    version: Literal[1]
+    stage: str
+    writer: str
+    lease: float
+    ended: bool
+    shards: list[Shard]
+    lost: list[str]
+    usage: Usage
+    time: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a snapshot's file holds: a `State`."""
+
+    entries: int
+    shards: list[Shard]
+    made: int
+    usage: Usage
+    writer: str
+    ended: bool
+    lease: float
+
+
+ENTRY, SNAPSHOT = TypeAdapter(Entry), TypeAdapter(Snapshot)
 
 
 @dataclass
@@ -68,7 +101,9 @@ class Ledger:
         """
         state, snapshot = State(), self._newest_snapshot()
         if snapshot:
-            content = self._json(self._snapshot(snapshot))
+            content = self.store.read_json(self._snapshot(snapshot), SNAPSHOT) or {"entries": 0}
+            if content["entries"] != snapshot * SNAPSHOT_ENTRIES:
+                raise Corrupt(f"{self._snapshot(snapshot)}: entries: it holds {content['entries']}, not {snapshot * SNAPSHOT_ENTRIES}")
             shards = {shard["path"]: Shard(**shard) for shard in content.pop("shards")}
             state = State(**content | {"shards": shards, "usage": Usage(**content["usage"])})
         self._state = state
@@ -91,17 +126,8 @@ class Ledger:
             if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
                 content = asdict(state) | {"shards": [asdict(shard) for shard in state.shards.values()]}
                 self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())
-            entry = {
-                "version": 1,
-                "stage": self.stage,
-                "writer": self.writer,
-                "lease": self._lease,
-                "ended": ended or not self._lease,
-                "shards": [asdict(shard) for shard in shards],
-                "lost": list(lost),
-                "usage": asdict(usage or Usage()),
-                "time": time.time(),
-            }
+            ends, cost = ended or not self._lease, usage or Usage()
+            entry = asdict(Entry(1, self.stage, self.writer, self._lease, ends, list(shards), list(lost), cost, time.time()))
             try:
                 self.store.put(self._entry(state.entries), json.dumps(entry, indent=1).encode())
             except Conflict:
@@ -162,11 +188,10 @@ class Ledger:
 
     def _catch_up(self) -> None:
         state = self._state or State()
-        while (entry := self.store.read_json(self._entry(state.entries))) is not None:
-            try:
-                state.apply(entry)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise Corrupt(f"{self._entry(state.entries)}: no ledger entry of this version of Specmill ({error!r}).") from error
+        while (entry := self.store.read_json(self._entry(state.entries), ENTRY)) is not None:
+            if entry["stage"] != self.stage:
+                raise Corrupt(f"{self._entry(state.entries)}: stage: is an entry of {entry['stage']!r}")
+            state.apply(entry)
 
     def _newest_snapshot(self) -> int:
         """The number of the newest snapshot, 0 if there is none. They have no gaps, so it is found in logarithmically many questions."""
@@ -177,9 +202,6 @@ class Ledger:
             middle = (low + high) // 2
             low, high = (middle, high) if self.store.exists(self._snapshot(middle)) else (low, middle)
         return low
-
-    def _json(self, path: str) -> dict[str, Any]:
-        return dict(self.store.read_json(path))
 
     def _entry(self, number: int) -> str:
         return f"{self.stage}/ledger/{number:08d}.json"

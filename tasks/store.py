@@ -162,9 +162,7 @@ class Store:
         """The content of a JSON file, or None when there is no such file. Raises Corrupt when it is not JSON, or not of its kind."""
         try:
             content = self.read(path)
-            if kind is not None:
-                kind.validate_json(content, strict=True)
-            found = json.loads(content)
+            found = kind.dump_python(kind.validate_json(content, strict=True), exclude_unset=True) if kind else json.loads(content)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValidationError as error:
