@@ -8,6 +8,7 @@ from typing import Any
 from cluster.errors import UserError
 from tasks import judge
 from tasks.ledger import Ledger
+from tasks.manifest import ANY
 from tasks.select import funnel_markdown
 from tasks.store import Corrupt, File, Shard, Store
 
@@ -17,8 +18,11 @@ STAGES = ("completions", "judgements")
 def read_manifest(path: str) -> dict[str, Any]:
     """The manifest of a directory, or of the file itself. Raises UserError when there is none."""
     place = path if Path(path).is_dir() or "://" in path else str(Path(path).parent)
-    manifest = Store(place).read_json("manifest.json")
-    if not isinstance(manifest, dict) or "kind" not in manifest:
+    try:
+        manifest: dict[str, Any] | None = Store(place).read_json("manifest.json", ANY)
+    except Corrupt as error:
+        raise UserError(f"no manifest of Specmill's: {error}") from error
+    if manifest is None:
         raise UserError(f"{path}: no manifest.json of Specmill here. Give a run, dataset, checkpoint or evaluation directory.")
     return manifest
 
@@ -40,7 +44,7 @@ def describe(path: str, manifest: dict[str, Any]) -> str:
 def problems(path: str) -> tuple[list[str], int]:
     """Everything that is off under a path, and the number of files that were checked."""
     store = Store(path)
-    manifest = store.read_json("manifest.json")
+    manifest = store.read_json("manifest.json", ANY)
     if manifest is None and not any(store.exists(f"{stage}/ledger/{0:08d}.json") for stage in STAGES):
         raise UserError(f"{path}: neither a manifest.json nor a ledger here; give a root or a directory that Specmill wrote.")
     found: list[str] = []
@@ -56,7 +60,8 @@ def problems(path: str) -> tuple[list[str], int]:
         return found, checked
     found, checked = _manifest_problems(store, "")
     if manifest["kind"] == "run":
-        root = Store(path.rstrip("/").rsplit("/", 2)[0])
+        place = store.base if store.local else path.rstrip("/")
+        root = Store(place.rsplit("/", 2)[0])
         for part in [manifest["dataset"], *manifest["checkpoints"], *manifest["evaluations"]]:
             off, count = _manifest_problems(root, part)
             found, checked = found + off, checked + count
@@ -65,7 +70,10 @@ def problems(path: str) -> tuple[list[str], int]:
 
 def _manifest_problems(store: Store, folder: str) -> tuple[list[str], int]:
     place = f"{folder}/" if folder else ""
-    manifest = store.read_json(f"{place}manifest.json")
+    try:
+        manifest = store.read_json(f"{place}manifest.json", ANY)
+    except Corrupt as error:
+        return [str(error)], 0
     if manifest is None:
         return [f"{place}manifest.json: missing"], 0
     found = []
@@ -85,7 +93,7 @@ def _dataset_balance(manifest: dict[str, Any]) -> Iterator[str]:
     counted = sum(count for counts in manifest["funnel"].values() for count in counts.values())
     if counted != balance["completions"]:
         yield f"funnel: adds up to {counted}, not to {balance['completions']} completions"
-    rows = sum(file["rows"] for file in manifest["files"] if file["path"].startswith("data/"))
+    rows = sum(file.get("rows", 0) for file in manifest["files"] if file["path"].startswith("data/"))
     if not rows == manifest["rows"] == balance["kept"]:
         yield f"rows: {rows} in data/, {manifest['rows']} in the manifest, {balance['kept']} kept"
 
@@ -95,7 +103,10 @@ def _ledger_problems(store: Store, stage: str) -> tuple[list[str], int]:
     says the same, the runs are made again, and the last ones count."""
     found: list[str] = []
     owner: dict[bytes, str] = {}
-    shards: list[Shard] = Ledger(store, stage).shards()
+    try:
+        shards: list[Shard] = Ledger(store, stage).shards()
+    except Corrupt as error:
+        return [str(error)], 0
     for shard in shards:
         wrong = store.verify(shard)
         if wrong:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.models import Model
+from tasks.manifest import CHECKPOINT
 from tasks.store import Store
 
 
@@ -32,7 +33,7 @@ def directory(store: Store, id: str) -> Path:
 
 def find(store: Store, id: str) -> Checkpoint | None:
     """A finished checkpoint whose files are all there."""
-    manifest = store.read_json(f"checkpoints/{id}/manifest.json")
+    manifest = store.read_json(f"checkpoints/{id}/manifest.json", CHECKPOINT)
     path = directory(store, id)
     if manifest is None or not all((path / file["path"]).exists() for file in manifest["files"]):
         return None

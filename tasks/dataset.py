@@ -18,6 +18,7 @@ from tasks import tables
 from tasks.keys import digest
 from tasks.keyset import column_keys
 from tasks.ledger import Ledger
+from tasks.manifest import DATASET
 from tasks.prompt_set import PromptSet
 from tasks.select import Candidates, funnel, funnel_markdown
 from tasks.store import Shard, Store
@@ -70,7 +71,7 @@ def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: 
     version = digest([rows, {key: value for key, value in provenance.items() if key != "code"}])[:12]
     path = f"datasets/{name}/{version}"
     versions = Ledger(store, f"datasets/{name}")
-    known = store.read_json(f"{path}/manifest.json")
+    known = store.read_json(f"{path}/manifest.json", DATASET)
     if known and all(store.exists(f"{path}/{file['path']}") for file in known["files"]):
         _register(versions, path, kept=known["rows"])
         return Dataset(name, version, path, known, reused=True)

@@ -18,6 +18,7 @@ from tasks import tables
 from tasks.gates import answer_kind
 from tasks.judge import JudgeConfig, Verdict
 from tasks.keys import code_version, digest
+from tasks.manifest import EVALUATION
 from tasks.policy import Policy, Spec
 from tasks.progress import Progress
 from tasks.prompts import Prompt
@@ -66,7 +67,7 @@ def evaluation_id(weights: str, prompts: Iterable[Prompt], specs: dict[str, Spec
 
 def find(store: Store, id: str, checkpoint: str) -> Evaluation | None:
     """An evaluation that was made before, of these very weights whatever they were called then."""
-    manifest = store.read_json(f"evaluations/{id}/manifest.json")
+    manifest = store.read_json(f"evaluations/{id}/manifest.json", EVALUATION)
     if manifest is None:
         return None
     return Evaluation(id, checkpoint, manifest["metrics"], f"evaluations/{id}/{manifest['files'][0]['path']}", reused=True)

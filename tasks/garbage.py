@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.ledger import Ledger
+from tasks.manifest import ANY, PROMPTS
 from tasks.store import Store
 
 FOLDERS = ("completions", "judgements", "rollouts", "tombstones", "prompts", "datasets", "checkpoints", "evaluations")
@@ -39,11 +40,11 @@ def garbage(store: Store, older_than: float, lease: float = LEASE_SECONDS) -> It
         for pattern in MANIFESTS:
             for file in store.glob(f"{pattern}/manifest.json"):
                 folder = file.removesuffix("/manifest.json")
-                manifest = store.read_json(file)
+                manifest = store.read_json(file, ANY) or {}
                 named |= {file, f"{folder}/README.md", *_inside(folder, manifest)}
-                prompts = manifest.get("prompt_set")
-                if prompts:
-                    named |= {f"{prompts}/manifest.json", *_inside(prompts, store.read_json(f"{prompts}/manifest.json"))}
+                if prompts := manifest.get("prompt_set"):
+                    place = f"{prompts}/manifest.json"
+                    named |= {place, *_inside(prompts, store.read_json(place, PROMPTS) or {})}
         now = time.time()
         for folder in FOLDERS:
             for path, size, changed in store.files(folder):
@@ -53,7 +54,7 @@ def garbage(store: Store, older_than: float, lease: float = LEASE_SECONDS) -> It
 
 def _inside(folder: str, manifest: dict[str, Any]) -> list[str]:
     """The files that a manifest names."""
-    return [f"{folder}/{entry['path']}" for entry in manifest["files"]]
+    return [f"{folder}/{entry['path']}" for entry in manifest.get("files", [])]
 
 
 def stages(store: Store) -> list[str]:

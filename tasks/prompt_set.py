@@ -20,6 +20,7 @@ from tasks import tables
 from tasks.admission import BATCH_ROWS, Admission, find_overlap
 from tasks.duplicates import OverlapConfig
 from tasks.keys import digest
+from tasks.manifest import PROMPTS
 from tasks.policy import Policy
 from tasks.prompt_parts import write_parts
 from tasks.prompts import CapabilityRow, Prompt, Split, read_rows
@@ -101,7 +102,7 @@ def load_prompts(
     content = [file.identity for file in files]
     compared = [overlap.model_dump(mode="json", exclude={"benchmarks"}), [file.identity for file in benchmarks]]
     path = f"prompts/{digest([FORMAT_VERSION, content, compared, checked, sorted(policy.categories), sorted(deleted)])[:12]}"
-    manifest = store.read_json(f"{path}/manifest.json")
+    manifest = store.read_json(f"{path}/manifest.json", PROMPTS)
     if manifest is None:
         never = {name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"}
         admission = Admission(files, overlap.shingle_words if overlap.looks else None, deleted, never)

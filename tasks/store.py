@@ -221,6 +221,8 @@ class Store:
             content = self.read(file.path)
         except FileNotFoundError:
             return f"{file.path}: missing"
+        except Corrupt as error:
+            return str(error)
         except OSError as error:
             return f"{file.path}: cannot be read: {error.strerror or error}"
         if hashlib.sha256(content).hexdigest() != file.sha256:

@@ -16,6 +16,7 @@ from tasks import tables
 from tasks.garbage import stages
 from tasks.keys import KEY_BYTES
 from tasks.ledger import Ledger
+from tasks.manifest import CHECKPOINT, DATASET
 from tasks.store import Shard, Store
 
 STAGE = "tombstones"
@@ -92,12 +93,14 @@ def _holders(store: Store, id: str) -> list[str]:
     datasets = []
     for file in store.glob("datasets/*/*/manifest.json"):
         folder = file.removesuffix("/manifest.json")
-        audits = [entry["path"] for entry in store.read_json(file)["files"] if entry["path"].startswith("audit/")]
+        audits = [entry["path"] for entry in store.read_json(file, DATASET)["files"] if entry["path"].startswith("audit/")]
         if any(pc.any(pc.equal(store.read_table(f"{folder}/{path}", ["prompt_id"])["prompt_id"], id)).as_py() for path in audits):
             datasets.append(folder)
     names = {"@".join(folder.split("/")[1:]) for folder in datasets}
     trained: set[str] = set()
-    checkpoints = {file.removesuffix("/manifest.json"): store.read_json(file) for file in store.glob("checkpoints/*/manifest.json")}
+    checkpoints = {
+        file.removesuffix("/manifest.json"): store.read_json(file, CHECKPOINT) for file in store.glob("checkpoints/*/manifest.json")
+    }
     for folder, manifest in checkpoints.items():
         if manifest["provenance"].get("dataset") in names:
             trained |= {folder, *(other for other, later in checkpoints.items() if later["provenance"].get("start") == manifest["weights"])}
