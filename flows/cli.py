@@ -116,13 +116,14 @@ def verify(path: Annotated[str, typer.Argument(help="A root, or a run, dataset, 
 def gc(
     root: Root,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the files. Without it, they are only shown.")] = False,
-    older_than: Annotated[float, typer.Option(help="Leave files alone that are younger than so many hours.")] = 24.0,
+    older_than: Annotated[float, typer.Option(min=0, help="Leave files alone that are younger than so many hours.")] = 24.0,
 ) -> None:
     """Shows, or removes, files that no ledger and no manifest names: of killed runs, superseded, half written."""
-    from tasks.garbage import garbage
+    from tasks.garbage import check_root, garbage
     from tasks.store import Store
 
     store, count, size = Store(root), 0, 0
+    check_root(store)
     for file in garbage(store, 3600 * older_than):
         typer.echo(f"{file.bytes:>12,}  {file.age / 3600:8.1f} h  {file.path}")
         count, size = count + 1, size + file.bytes
@@ -137,10 +138,13 @@ def delete(
     prompt: Annotated[str, typer.Option(help="Id of the prompt.")],
 ) -> None:
     """Takes a prompt, and all rows that came from it, out of a root for good. The next run makes a dataset version without it."""
+    from tasks.garbage import check_root
     from tasks.store import Store
     from tasks.tombstones import delete_prompt
 
-    done = delete_prompt(Store(root), prompt)
+    store = Store(root)
+    check_root(store)
+    done = delete_prompt(store, prompt)
     typer.echo(f"{prompt}: " + (", ".join(f"{count} rows of {stage}" for stage, count in done.rows.items()) or "no rows") + " taken out")
     for holder in done.holders:
         typer.echo(f"  still holds it: {holder} (never changed; remove the folder when nothing needs it)")

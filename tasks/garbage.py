@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.errors import UserError
 from tasks.ledger import Ledger
 from tasks.manifest import ANY, PROMPTS
 from tasks.store import Store
@@ -50,6 +51,12 @@ def garbage(store: Store, older_than: float, lease: float = LEASE_SECONDS) -> It
             for path, size, changed in store.files(folder):
                 if path not in named and "/ledger/" not in path and now - changed >= older_than:
                     yield Garbage(path, size, now - changed)
+
+
+def check_root(store: Store) -> None:
+    """Raises UserError where no run has written: a mistyped root, or somebody else's folder."""
+    if not stages(store) and not store.glob("prompts/*/manifest.json"):
+        raise UserError(f"{store.root}: neither a ledger nor prompts of Specmill's are here; give the root of a run.")
 
 
 def _inside(folder: str, manifest: dict[str, Any]) -> list[str]:

@@ -43,7 +43,7 @@ def deleted_prompts(store: Store) -> frozenset[str]:
 
 def delete_prompt(store: Store, id: str) -> Deleted:
     """Raises UserError when there is no such prompt, or when a run is writing. Interrupted, it is finished by doing it again."""
-    hashes = _hashes(store, id)
+    hashes = _hashes(store, id) if id.isascii() else set()
     if not hashes:
         raise UserError(f"{store.root}: no prompt with the id {id!r} was ever read or completed here.")
     with ExitStack() as claimed:
