@@ -8,6 +8,7 @@ arXiv 2412.16339, section 2.3.1). The hash of that text, not of the files, is wh
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,7 +85,7 @@ class BundleFile(Strict):
     version: Literal[1]
     id: CategoryId
     title: Text
-    categories: tuple[CategoryId, ...] = Field(min_length=1)
+    categories: tuple[CategoryId, ...] = Field(min_length=1, max_length=255)
     principles: tuple[Principle, ...] = Field(min_length=1)
     style: Style
 
@@ -216,34 +217,13 @@ def _cross_checks(root: Path, categories: dict[str, Category]) -> list[str]:
         for other in excludes:
             if other not in edges:
                 problems.append(f"{root / home[name]}.yaml: category {home[name]}: clause {name}: excludes: no clause {other}")
-    cycle = _cycle(edges)
-    if cycle:
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        cycle = error.args[1][::-1]
         first = cycle[0]
         problems.append(
             f"{root / home[first]}.yaml: category {home[first]}: clause {first}: excludes: cycle {' -> '.join(cycle)}; "
             "one of these clauses has to decide"
         )
     return problems
-
-
-def _cycle(edges: dict[str, tuple[str, ...]]) -> list[str] | None:
-    """The first cycle of a directed graph as a list of nodes, or None."""
-    done: set[str] = set()
-
-    def walk(node: str, path: list[str]) -> list[str] | None:
-        if node in path:
-            return [*path[path.index(node) :], node]
-        if node in done:
-            return None
-        for other in edges.get(node, ()):
-            found = walk(other, [*path, node])
-            if found:
-                return found
-        done.add(node)
-        return None
-
-    for start in edges:
-        found = walk(start, [])
-        if found:
-            return found
-    return None

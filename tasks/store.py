@@ -83,8 +83,9 @@ class Store:
         self.root = root
         options = S3_OPTIONS if root.startswith(("s3://", "s3a://")) else {}
         try:
+            root.encode()  # Arrow takes no other names
             self.fs, self.base = fsspec.core.url_to_fs(root, **options)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, TypeError, OSError) as error:
             raise UserError(f"root {root!r} cannot be opened: {error}") from error
         self.base = self.base.rstrip("/")
         if options:
