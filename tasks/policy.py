@@ -6,13 +6,14 @@ arXiv 2412.16339, section 2.3.1). The hash of that text, not of the files, is wh
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from cluster.errors import UserError
 from tasks.validation import Strict, name_of, parse, read_yaml
@@ -89,6 +90,13 @@ class BundleFile(Strict):
     principles: tuple[Principle, ...] = Field(min_length=1)
     style: Style
 
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "BundleFile":
+        for field, names in (("categories", self.categories), ("principles", [principle.id for principle in self.principles])):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{field}: {', '.join(twice)} more than once")
+        return self
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -134,7 +142,7 @@ def load_policy(directory: Path | str) -> Policy:
         if category.id != name:
             problems.append(f"{path}: id: is {category.id!r}, but bundle.yaml lists this file as {name!r}")
         categories[name] = category
-    problems += _cross_checks(root, categories)
+    problems += _cross_checks(root, bundle, categories)
     if problems:
         raise UserError("\n".join(problems))
     return Policy(bundle, categories)
@@ -200,15 +208,18 @@ def _place(content: dict[str, Any], category: str, location: tuple) -> str:
     return ": ".join(part for part in parts if part)
 
 
-def _cross_checks(root: Path, categories: dict[str, Category]) -> list[str]:
+def _cross_checks(root: Path, bundle: BundleFile, categories: dict[str, Category]) -> list[str]:
     problems = []
     home: dict[str, str] = {}
+    principles = {principle.id for principle in bundle.principles}
     edges: dict[str, tuple[str, ...]] = {}
     for category in categories.values():
         for clause in category.clauses:
             where = f"{root / category.id}.yaml: category {category.id}: clause {clause.id}"
             if clause.id in home:
                 problems.append(f"{where}: id: also used in category {home[clause.id]}")
+            if clause.id in principles:
+                problems.append(f"{where}: id: also that of a principle in bundle.yaml")
             if clause.generate == "never" and clause.verdict != "refuse":
                 problems.append(f"{where}: generate: `never` needs the verdict refuse, found {clause.verdict}")
             home[clause.id] = category.id
