@@ -32,17 +32,15 @@ class Chat:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        definition = json.loads(self._read("tokenizer.json"))
-        self._config = json.loads(self._read("tokenizer_config.json"))
+        definition, self._config = self._read("tokenizer.json"), self._read("tokenizer_config.json")
         template = self.path / "chat_template.jinja"
         self.template: str = template.read_text() if template.exists() else self._config.get("chat_template") or ""
-        if not self.template:
+        if not self.template or not isinstance(self.template, str):
             raise UserError(f"model {path}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).")
-        self._control = Tokenizer.from_str(json.dumps({**definition, "truncation": None, "padding": None}))
-        plain = {**definition, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
-        self._plain = Tokenizer.from_str(json.dumps(plain))
-        self.added = {token["content"]: int(token["id"]) for token in definition["added_tokens"]}
-        self.control_ids = frozenset(int(token["id"]) for token in definition["added_tokens"] if token["special"])
+        self._control = self._tokenizer({**definition, "truncation": None, "padding": None})
+        self._plain = self._tokenizer({**definition, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None})
+        self.added = {token["content"]: int(token["id"]) for token in definition.get("added_tokens", [])}
+        self.control_ids = frozenset(int(token["id"]) for token in definition.get("added_tokens", []) if token["special"])
         self._long = lru_cache(maxsize=64)(self._ids)
         self._frame = lru_cache(maxsize=256)(self._make_frame)
         self._piece = cache(lambda token: str(self._control.decode([token], skip_special_tokens=False)))
@@ -136,11 +134,22 @@ class Chat:
         environment.globals["strftime_now"] = lambda _format: ""
         return environment.from_string(self.template)
 
-    def _read(self, name: str) -> str:
+    def _tokenizer(self, definition: dict[str, Any]) -> Tokenizer:
         try:
-            return (self.path / name).read_text()
+            return Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"model {self.path}: tokenizer.json: no tokenizer: {error}") from error
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"model {self.path}: no {name}; a Hugging Face fast tokenizer is needed.") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"model {self.path}: {name}: cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"model {self.path}: {name}: expected an object, found {type(content).__name__}.")
+        return content
 
 
 @lru_cache(maxsize=4)

@@ -88,7 +88,10 @@ def _local_model(path: Path, revision: str | None) -> Model:
     if not (path / "config.json").exists():
         raise UserError(f"model {str(path)!r} has no config.json; it is not a Hugging Face checkpoint.")
     record = path / "specmill_model.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
+    try:
+        known = json.loads(record.read_text()) if record.exists() else {}
+    except ValueError as error:
+        raise UserError(f"model {str(path)!r}: {record.name}: not JSON: {error}") from error
     return Model(str(path.resolve()), known.get("id", path.name), revision or known.get("revision") or weights_digest(path)[:16])
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ SUFFIXES: dict[str, FileFormat] = {
     ".csv.gz": "csv",
     ".parquet": "parquet",
 }
+_ESCAPED = re.compile("[\ud800-\udfff]")
+"""Bytes of a file's name that are not UTF-8, as Python holds them."""
 Label = Literal["category", "cell", "group", "split", "ideal_verdict", "ideal_clauses", "skill"]
 
 
@@ -190,6 +193,9 @@ def _files(source: Source) -> list[SourceFile]:
     files = sorted(file for file in root.iterdir() if file.name.endswith(tuple(known))) if root.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{root}: no such prompt file, or a directory without {', '.join(f'*{suffix}' for suffix in known)} files.")
+    for file in files:
+        if _ESCAPED.search(str(file)):
+            raise UserError(f"{str(file)!r}: the name is not UTF-8; rename the file.")
     return [SourceFile(source, str(file), source.format or _format(file), file_hash(file)) for file in files]
 
 
