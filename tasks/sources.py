@@ -88,7 +88,7 @@ class Source(Strict):
         None, pattern=r"^[A-Za-z0-9_.:-]{1,80}$", title="Name", description="Begins the ids that are made. Left out: the file's name."
     )
     format: FileFormat | None = Field(None, title="Format", description="jsonl, csv or parquet. Left out: the file's suffix says it.")
-    delimiter: str = Field(",", min_length=1, max_length=1, title="Delimiter", description="What separates the cells of a CSV file.")
+    delimiter: str = Field(",", pattern=r'^[^"\r\n]$', title="Delimiter", description="What separates the cells of a CSV file.")
     skip_lines: int = Field(0, ge=0, le=100_000, title="Skipped lines", description="Lines before the header of a CSV file.")
     columns: Columns = Field(Columns(), title="Columns", description="Which column is which field.")
     constants: dict[Label, LabelValue] = Field(
