@@ -34,7 +34,10 @@ class Chat:
         self.path = Path(path)
         definition, self._config = self._read("tokenizer.json"), self._read("tokenizer_config.json")
         template = self.path / "chat_template.jinja"
-        self.template: str = template.read_text() if template.exists() else self._config.get("chat_template") or ""
+        try:
+            self.template: str = template.read_text(encoding="utf-8") if template.exists() else self._config.get("chat_template")
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {path}: {template.name}: cannot be read: {error}") from error
         if not self.template or not isinstance(self.template, str):
             raise UserError(f"model {path}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).")
         self._control = self._tokenizer({**definition, "truncation": None, "padding": None})

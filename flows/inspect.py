@@ -1,6 +1,7 @@
 """`specmill show` and `specmill verify`: reads manifests and ledgers, changes nothing, starts nothing."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ STAGES = ("completions", "judgements")
 
 def read_manifest(path: str) -> dict[str, Any]:
     """The manifest of a directory, or of the file itself. Raises UserError when there is none."""
-    place = path if Path(path).is_dir() or "://" in path else str(Path(path).parent)
+    place = path if os.path.isdir(path) or "://" in path else str(Path(path).parent)
     try:
         manifest: dict[str, Any] | None = Store(place).read_json("manifest.json", ANY)
     except Corrupt as error:

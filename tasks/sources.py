@@ -190,8 +190,8 @@ def source_files(source: Path | str | Source | Iterable[Source]) -> list[SourceF
 def _files(source: Source) -> list[SourceFile]:
     root = Path(source.place)
     known = {suffix: kind for suffix, kind in SUFFIXES.items() if source.format in (None, kind)}
-    files = sorted(file for file in root.iterdir() if file.name.endswith(tuple(known))) if root.is_dir() else [root]
-    if not files or not all(file.is_file() for file in files):
+    files = sorted(file for file in root.iterdir() if file.name.endswith(tuple(known))) if os.path.isdir(root) else [root]
+    if not files or not all(map(os.path.isfile, files)):
         raise UserError(f"{root}: no such prompt file, or a directory without {', '.join(f'*{suffix}' for suffix in known)} files.")
     for file in files:
         if _ESCAPED.search(str(file)):
@@ -210,7 +210,7 @@ def _parts(source: Source) -> list[SourceFile]:
     import datasets  # imports pandas: a second that runs on files need not wait
 
     folder = Path(source.place)
-    if not folder.is_dir() and source.place.startswith((".", "/", "~")):
+    if not os.path.isdir(folder) and source.place.startswith((".", "/", "~")):
         raise UserError(f"{folder}: dataset: no such directory.")
     datasets.disable_progress_bars()
     try:

@@ -109,9 +109,9 @@ class Store:
         try:
             self._write("create", probe, probe.encode())
             self._write("delete", probe)
-        except FileNotFoundError as error:
-            raise UserError(f"root {self.root!r}: there is no such bucket. Make it, or choose another root.") from error
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self.local:
+                raise UserError(f"root {self.root!r}: there is no such bucket. Make it, or choose another root.") from error
             raise UserError(f"root {self.root!r} cannot be written: {error.strerror or error}. Choose another root.") from error
 
     def put(self, path: str, content: bytes) -> File:
