@@ -35,11 +35,12 @@ class Chat:
         definition, self._config = self._read("tokenizer.json"), self._read("tokenizer_config.json")
         template = self.path / "chat_template.jinja"
         try:
-            self.template: str = template.read_text(encoding="utf-8") if template.exists() else self._config.get("chat_template")
+            found: Any = template.read_text(encoding="utf-8") if template.exists() else self._config.get("chat_template")
         except (OSError, ValueError) as error:
             raise UserError(f"model {path}: {template.name}: cannot be read: {error}") from error
-        if not self.template or not isinstance(self.template, str):
+        if not found or not isinstance(found, str):
             raise UserError(f"model {path}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).")
+        self.template = found
         self._control = self._tokenizer({**definition, "truncation": None, "padding": None})
         self._plain = self._tokenizer({**definition, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None})
         self.added = {token["content"]: int(token["id"]) for token in definition.get("added_tokens", [])}

@@ -150,7 +150,10 @@ class RunManifest(Manifest):
     evaluations: list[str]
 
 
-PROMPTS, DATASET, CHECKPOINT, EVALUATION = map(TypeAdapter, (PromptsManifest, DatasetManifest, CheckpointManifest, EvaluationManifest))
+PROMPTS: TypeAdapter[Any] = TypeAdapter(PromptsManifest)
+DATASET: TypeAdapter[Any] = TypeAdapter(DatasetManifest)
+CHECKPOINT: TypeAdapter[Any] = TypeAdapter(CheckpointManifest)
+EVALUATION: TypeAdapter[Any] = TypeAdapter(EvaluationManifest)
 ANY: TypeAdapter[Any] = TypeAdapter(
     Annotated[
         PromptsManifest | DatasetManifest | CheckpointManifest | EvaluationManifest | RunManifest,

@@ -196,7 +196,7 @@ POLICIES: dict[str, tuple[str, bytes | Callable[[dict[str, Any]], None], list[st
     "a list": ("pets", b"- 1\n", ["expected a mapping", "list"]),
     "latin-1": ("pets", "title: caf\u00e9\n".encode("latin-1"), ["not UTF-8", "byte 10"]),
     "a key twice": ("pets", b"version: 1\nid: pets\nid: theft\n", ["'id' is there twice", "line 3"]),
-    "NUL in a rule": ("pets", b'version: 1\ntitle: "a\\0"\n', ["a control character", "a\\x00b", "line 2"]),
+    "NUL in a rule": ("pets", b'version: 1\ntitle: "a\\0"\n', ["a control character", "a\\x00", "line 2"]),
     "half a character": ("pets", b'version: 1\ntitle: "\\ud83d"\n', ["half a character"]),
     "tabs": ("pets", b"version: 1\nstyle:\n\trefuse: []\n", ["cannot be read", "line 3"]),
     "another version": ("pets", lambda c: c.update(version=2), ["category pets: version"]),
