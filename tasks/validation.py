@@ -90,7 +90,7 @@ def _check_depth(text: str) -> None:
     for event in yaml.parse(text, SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+            raise yaml.YAMLError(f"nested too deeply{event.start_mark}")
 
 
 def _check(root: yaml.Node) -> None:

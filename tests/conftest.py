@@ -17,7 +17,7 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, set(mine))
 
 
-LONGEST_FIRST = ["chain", "kill_matrix", "sft", "doors", "s3", "vllm_server", "incremental", "schedules"]
+LONGEST_FIRST = ["chain", "kill_matrix", "sft", "doors", "s3", "vllm_server", "incremental", "training_engine", "cluster_room"]
 """Files that take minutes. Processes side by side take the next file when theirs is done: a long one at the end leaves cores idle."""
 
 
