@@ -3,12 +3,6 @@
 Nothing here is a stand-in but the address: credentials, conditional writes, checksums and restarts are the server's own.
 """
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +15,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from faulty_proxy import Proxy, faulty_proxy, reset, status
+from s3_server import KEY, SECRET, S3Server
 
 from cluster.errors import UserError
 from flows.inspect import problems
@@ -30,74 +25,19 @@ from tasks.store import Conflict, Down, Store
 
 pytestmark = pytest.mark.slow
 SPECS = Path(__file__).parent.parent / "specs"
-KEY, SECRET = "testkey", "testsecret123"
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
-class Server:
-    """SeaweedFS with one bucket per test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ports = folder, [_free_port() for _ in range(5)]
-        identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin:test-*"]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        self.process: subprocess.Popen | None = None
-
-    @property
-    def port(self) -> int:
-        return self.ports[0]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        s3, filer, master, volume, admin = self.ports
-        options = {
-            "dir": self.folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "master.telemetry": "false", "webdav": "false",
-            "admin.ui": "false", "s3.port": s3, "filer.port": filer, "master.port": master, "volume.port": volume, "admin.port": admin,
-            "s3.port.iceberg": 0, "s3.port.lance": 0, "s3.iam": "false", "s3.config": self.folder / "s3.json",
-            "master.volumeSizeLimitMB": 64,
-        }  # fmt: skip
-        command = [str(Path(sys.executable).parent / "weed"), "-logtostderr=true", "mini"]
-        command += [f"-{name}={value}" for name, value in options.items()]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline, (self.folder / "log").read_text()[-2000:]
-                time.sleep(0.1)
-
-    def kill(self) -> None:
-        assert self.process
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def _free_port() -> int:
-    """A port whose twin 10000 above, which SeaweedFS takes for gRPC, exists."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-            if port < 55000:
-                return port
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("weed"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("weed"))
     server.start()
     yield server
     server.kill()
 
 
 @contextmanager
-def _reached(server: Server, name: str) -> Iterator[str]:
+def _reached(server: S3Server, name: str) -> Iterator[str]:
     """A root on the server in a bucket of its own."""
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in (("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_DEFAULT_REGION", "us-east-1")):
@@ -111,7 +51,7 @@ def _reached(server: Server, name: str) -> Iterator[str]:
 
 
 @pytest.fixture()
-def root(server: Server, request: pytest.FixtureRequest) -> Iterator[str]:
+def root(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.node.originalname.replace("_", "-")[:40].strip("-")
     with _reached(server, name) as root:
         yield root
@@ -154,7 +94,7 @@ def test_one_of_sixteen_writers_wins_an_entry(root: str) -> None:
     assert Ledger(Store(root), "completions").read().entries == 1
 
 
-def test_a_ledger_of_many_entries_is_read_from_its_newest_snapshot(server: Server, root: str) -> None:
+def test_a_ledger_of_many_entries_is_read_from_its_newest_snapshot(server: S3Server, root: str) -> None:
     ledger = Ledger(Store(root), "completions")
     shards = [ledger.store.put_table("completions/shards", _table(100 * number, 3)) for number in range(70)]
     for shard in shards:
@@ -184,7 +124,7 @@ FAULTS = {"slow down": status(503, SLOW_DOWN, Content_Type="application/xml"), "
 
 
 @contextmanager
-def _faulty(server: Server, share: float, lost: float, root: str) -> Iterator[Proxy]:
+def _faulty(server: S3Server, share: float, lost: float, root: str) -> Iterator[Proxy]:
     with faulty_proxy(server.port, FAULTS, share, lost) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -192,7 +132,7 @@ def _faulty(server: Server, share: float, lost: float, root: str) -> Iterator[Pr
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def test_transient_errors_and_lost_answers_are_survived(server: Server, root: str) -> None:
+def test_transient_errors_and_lost_answers_are_survived(server: S3Server, root: str) -> None:
     with _faulty(server, 0.3, 0.1, root) as proxy:
         ledger = Ledger(Store(root), "completions")
         for number in range(20):
@@ -202,7 +142,7 @@ def test_transient_errors_and_lost_answers_are_survived(server: Server, root: st
     assert Ledger(Store(root), "completions").read().entries == 20, "no entry is doubled by an attempt whose answer was lost"
 
 
-def test_a_dead_store_stops_with_a_clear_message(server: Server, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_store_stops_with_a_clear_message(server: S3Server, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 2.0)
     with _faulty(server, 1.0, 0.0, root), pytest.raises(Down, match=r"does not answer .* start the same command again"):
         Store(root).put("a", b"1")
@@ -223,7 +163,7 @@ def servers(root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_run_lives_through_a_restart_of_its_store_and_stops_when_it_is_dead(
-    server: Server, root: str, servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: S3Server, root: str, servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is killed and comes back is waited for; one that does not ends the run, which goes on when it is there again."""
     from flows.config import RunRequest

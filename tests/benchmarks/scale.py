@@ -3,7 +3,8 @@
     python tests/benchmarks/scale.py --prompts 1000000
 
 Runs a tenth of the prompts and then all of them, each in a driver of its own on one Ray, and prints rows per second, the driver's memory
-at its peak, what a key costs of it, and how long it takes to find out and make the last thousand when all others are there.
+at its peak, what a key costs of it, and how long it takes to find out and make the last thousand when all others are there. Then a fiftieth
+of them on S3 (SeaweedFS on loopback), to count the requests that a row takes.
 """
 
 import argparse
@@ -15,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import yaml
 
 SPECS = Path(__file__).parent.parent.parent / "specs"
@@ -42,13 +46,13 @@ def policies() -> list[Path]:
     return [path for path in sorted((SPECS / "policies" / "base").glob("*.yaml")) if path.stem != "bundle"]
 
 
-def write_run(folder: Path, engines: int) -> None:
+def write_run(folder: Path, engines: int, root: str) -> None:
     """The run file: nothing is compared for overlap, which has a measurement of its own."""
     engine = {"backend": "fake", "engines": engines, "max_num_seqs": 256, "fake": {"tokenizes": False}}
     content = {
         "version": 1,
         "name": "scale",
-        "root": str(folder / "root"),
+        "root": root,
         "policy": str(SPECS / "policies" / "base"),
         "prompts": str(folder / "prompts"),
         "overlap": {"duplicates": "off", "contamination": "off"},
@@ -88,6 +92,44 @@ def drive(file: str) -> dict[str, Any]:
     }
 
 
+def s3_requests(folder: Path, prompts: int, engines: int) -> None:
+    """The same on S3, through a proxy that counts."""
+    sys.path.append(str(Path(__file__).parent.parent))
+    from faulty_proxy import faulty_proxy
+    from s3_server import KEY, SECRET, S3Server
+
+    (folder / "s3" / "prompts").mkdir(parents=True)
+    write_prompts(folder / "s3" / "prompts" / "prompts.jsonl", 0, prompts)
+    write_run(folder / "s3", engines, "s3://test-scale/root")
+    server = S3Server(folder / "s3")
+    server.start()
+    try:
+        with faulty_proxy(server.port, {}) as proxy:
+            os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL_S3": proxy.url}
+            fsspec.filesystem("s3").mkdir("test-scale")
+            with ray_of_its_own():
+                result = measured(folder / "s3")
+            rows = result["made"] * (1 + JUDGE_RUNS)
+            print(f"S3: {len(proxy.arrived):,} requests for {rows:,} rows: {len(proxy.arrived) / rows:.4f} a row")
+    finally:
+        server.kill()
+
+
+@contextmanager
+def ray_of_its_own() -> Iterator[None]:
+    """A Ray for the drivers that run inside; its workers have this process's environment."""
+    from cluster.session import ray_session
+
+    with ray_session():
+        import ray  # behind `cluster`, which makes the settings that it reads when it is imported
+
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        try:
+            yield
+        finally:
+            del os.environ["RAY_ADDRESS"]
+
+
 def measured(folder: Path) -> dict[str, Any]:
     """A run of a driver in a process of its own, on the Ray of this one."""
     done = subprocess.run([sys.executable, __file__, "--drive", str(folder / "run.yaml")], stdout=subprocess.PIPE, text=True, check=True)
@@ -96,15 +138,10 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def scale(prompts: int, engines: int) -> None:
     """All measurements, one line each."""
-    from cluster.session import ray_session
-
-    with tempfile.TemporaryDirectory() as place, ray_session():
-        import ray  # behind `cluster`, which makes the settings that it reads when it is imported
-
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    with tempfile.TemporaryDirectory() as place, ray_of_its_own():
         folder = Path(place)
         (folder / "prompts").mkdir()
-        write_run(folder, engines)
+        write_run(folder, engines, str(folder / "root"))
         results = []
         for count in (prompts // 10, prompts):
             shutil.rmtree(folder / "root", ignore_errors=True)
@@ -135,3 +172,5 @@ if __name__ == "__main__":
         print(json.dumps(drive(arguments.drive)))
     else:
         scale(arguments.prompts, arguments.engines)
+        with tempfile.TemporaryDirectory() as place:
+            s3_requests(Path(place), arguments.prompts // 50, arguments.engines)
