@@ -1,6 +1,8 @@
 """Fixtures that several rooms share: a tiny model for tests that need no language, and the folder of real data sets."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,19 @@ def test_data() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"SPECMILL_TEST_DATA={folder}: no such folder")
     return Path(folder)
+
+
+@pytest.fixture
+def specmill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command; gives its exit code, output and error output. What is no message of ours ends the test as it is."""
+
+    from flows.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["specmill", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return call

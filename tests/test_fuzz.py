@@ -122,7 +122,7 @@ def said(error: UserError, *files: str) -> None:
         assert not CONTROL.search(line), repr(line)
 
 
-@often(few=80, many=5000)
+@often(few=80, many=2000)
 @given(
     st.sampled_from(["bundle", *CATEGORIES]).flatmap(
         lambda name: st.tuples(st.just(name), as_yaml(BUNDLE if name == "bundle" else category(name)))
@@ -143,7 +143,7 @@ def test_a_policy_is_taken_or_told(place: Path, case: tuple[str, bytes]):
             assert render(policy, one).hash and render(policy, one, "full").hash
 
 
-@often(few=60, many=3000)
+@often(few=60, many=1000)
 @given(as_yaml(RUN))
 def test_a_run_file_is_taken_or_told(place: Path, content: bytes):
     (place / "changed.yaml").write_bytes(content)
@@ -221,7 +221,7 @@ def balance(place: Path, file: Path, source: dict[str, Any]) -> None:
     assert all(field_of(bad["reason"]) for bad in put_aside)
 
 
-@often(few=50, many=5000)
+@often(few=50, many=2000)
 @given(LINES, SOURCES)
 def test_no_row_of_jsonl_is_lost(place: Path, lines: list[bytes], source: dict[str, Any]):
     (place / "rows.jsonl").write_bytes(b"\n".join(lines))
@@ -231,7 +231,7 @@ def test_no_row_of_jsonl_is_lost(place: Path, lines: list[bytes], source: dict[s
 CELLS = st.binary(max_size=10) | st.sampled_from([b'"', b"a", b"\n", b'"a\nb"', b"[", b"PE1"])
 
 
-@often(few=30, many=3000)
+@often(few=30, many=1000)
 @given(st.lists(st.lists(CELLS, max_size=4).map(b",".join), max_size=8))
 def test_no_row_of_csv_is_lost(place: Path, lines: list[bytes]):
     (place / "rows.csv").write_bytes(b"q,id,ideal_clauses\n" + b"\n".join(lines))

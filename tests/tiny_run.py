@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tasks.judge import STAGE as JUDGEMENTS
 from tasks.judge import judge_shard
 from tasks.ledger import Ledger
 
+Command = Callable[..., tuple[int, str, str]]
+"""The command `specmill`: exit code, output and error output."""
 CATEGORIES = {"pets": "PE", "theft": "TH"}
 BUNDLE: dict[str, Any] = {
     "version": 1,
@@ -102,3 +105,12 @@ def make_root(file: Path) -> Workspace:
     (model / "model.safetensors").write_bytes(b"weights")
     finish(run.store, "sft-0", "sft", {"dataset": f"tiny@{run.dataset.version}"}, {"loss": 0.5})
     return run
+
+
+def told(answer: tuple[int, str, str], code: int, words: list[str], lines: int = 1) -> None:
+    """Checks that it is told so, in so many lines and in no more."""
+    assert answer[0] == code, answer
+    assert answer[2].startswith("specmill: ") and len(answer[2].splitlines()) == lines, answer[2]
+    for word in words:
+        assert word in answer[2], (word, answer[2])
+    assert "Traceback" not in answer[2]
