@@ -103,7 +103,7 @@ def load_prompts(
     compared = [overlap.model_dump(mode="json", exclude={"benchmarks"}), [file.identity for file in benchmarks]]
     path = f"prompts/{digest([FORMAT_VERSION, content, compared, checked, sorted(policy.categories), sorted(deleted)])[:12]}"
     manifest = store.read_json(f"{path}/manifest.json", PROMPTS)
-    if manifest is None:
+    if manifest is None or not _whole(store, path, manifest):
         never = {name for name, (_, clause) in policy.clauses.items() if clause.generate == "never"}
         admission = Admission(files, overlap.shingle_words if overlap.looks else None, deleted, never)
         rows = read_rows(files, policy)
@@ -112,3 +112,9 @@ def load_prompts(
         manifest = write_parts(store, path, admission, policy, find_overlap(admission, overlap, benchmarks))
         store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1).encode())
     return PromptSet(store, path, manifest)
+
+
+def _whole(store: Store, path: str, manifest: dict[str, Any]) -> bool:
+    """Whether all files of a prompt set are there. What is listed is only compared with what the manifest names."""
+    there = {file: size for file, size, _ in store.files(path)}
+    return all(there.get(f"{path}/{file['path']}") == file["bytes"] for file in manifest["files"])

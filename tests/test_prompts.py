@@ -96,6 +96,16 @@ def test_groups_of_a_never_clause_are_for_evaluation_only(tmp_path: Path):
     assert sum(prompts.size(split) for split in ("sft", "rl", "eval")) == len(rows)
 
 
+@pytest.mark.parametrize("content", [None, b"PAR1"])
+def test_a_part_that_is_gone_or_cut_short_is_made_again(tmp_path: Path, content: bytes | None):
+    rows = [_row(number) for number in range(3)]
+    lost = tmp_path / "root" / loaded(tmp_path, rows).parts[0].path
+    lost.unlink()
+    if content:
+        lost.write_bytes(content)
+    assert [prompt.id for prompt in loaded(tmp_path, rows).prompts("sft")] == [row["id"] for row in rows]
+
+
 def test_prompts_are_read_once_and_again_when_they_change(tmp_path: Path):
     rows = [_row(number) for number in range(PART_ROWS + 10)]
     first = loaded(tmp_path, rows)
