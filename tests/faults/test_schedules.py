@@ -22,7 +22,7 @@ from simulation import SNAPSHOT_ENTRIES, inside
 from simulation.run import ROOT, workspace
 from simulation.world import DRIFT, LEASE, Crashed, Process, Settings, Stuck, World
 
-import flows.steps
+import flows.lines
 import tasks.complete
 import tasks.store
 import tasks.wanted
@@ -261,7 +261,7 @@ def _renew_unlocked(ledger: Ledger, over: Any) -> None:
 
 
 REAL_WRITE, REAL_PUT_TABLE, REAL_COMMIT, REAL_WRITING = Store._write, Store.put_table, Ledger.commit, Ledger.writing
-REAL_TALLY, REAL_APPLY, REAL_SURVEY, REAL_MARK = Tally.commit, State.apply, flows.steps.survey, Wanted.mark_judgements
+REAL_TALLY, REAL_APPLY, REAL_SURVEY, REAL_MARK = Tally.commit, State.apply, flows.lines.survey, Wanted.mark_judgements
 REAL_WAIT = Ledger._wait_for_death
 LATE: list[tuple[str, bytes]] = []
 
@@ -297,7 +297,7 @@ BUGS: dict[str, list[Change]] = {
     "claim_behind_a_second_look": [(Ledger, "writing", _look_again)],
     "lease_never_renewed": [(Ledger, "_renew", lambda ledger, over: None)],
     "renewal_without_the_lock": [(Ledger, "_renew", _renew_unlocked)],
-    "lost_shards_ignored": [(flows.steps, "survey", _forget_lost)],
+    "lost_shards_ignored": [(flows.lines, "survey", _forget_lost)],
     "lost_shards_count_again": [(State, "apply", _keep_lost)],
     "failed_commit_counted": [(Tally, "commit", _commit_if_it_works)],
     "shard_committed_twice": [(Tally, "commit", _commit_again)],
