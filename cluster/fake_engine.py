@@ -72,7 +72,7 @@ class FakeEngine:
         """There is no policy to train or evaluate."""
         raise UserError("a fake engine takes no weights: run the flow `regenerate` alone, or name a real engine for `evaluate`.")
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """There is nothing to end."""
 
     async def _strike(self, name: str) -> bool:

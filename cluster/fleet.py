@@ -108,9 +108,9 @@ class EngineActor:
         engine.usage.busy_seconds = self._served.busy_seconds()
         return result, engine.usage
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Ends the engine."""
-        self._engine.stop()
+        await self._engine.stop()
 
 
 def _engine(model: Model, config: EngineConfig, receives_weights: bool) -> Any:

@@ -124,7 +124,7 @@ class VllmEngine:
         await self._engine.finish_weight_update(str(version))
         await self._engine.reset_prefix_cache()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Ends the engine's processes and frees its memory."""
         if self._engine is not None:
             self._engine.shutdown()

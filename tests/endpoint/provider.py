@@ -36,7 +36,10 @@ def draw(url: str, turns: Sequence[Turn] = TURNS, max_tokens: int = 8, schema: s
     async def main() -> Completion:
         asked = engine(config(url, **changes))
         await asked.start()
-        return await asked.complete(turns, Sampling(1.0, max_tokens, seed=1, json_schema=schema))
+        try:
+            return await asked.complete(turns, Sampling(1.0, max_tokens, seed=1, json_schema=schema))
+        finally:
+            await asked.stop()
 
     return asyncio.run(main())
 
@@ -47,7 +50,10 @@ def draw_many(asked: OpenAIEngine, count: int) -> Metered:
 
     async def main() -> None:
         await asked.start()
-        await asyncio.gather(*(metered.complete(TURNS, Sampling(1.0, 8, seed)) for seed in range(count)))
+        try:
+            await asyncio.gather(*(metered.complete(TURNS, Sampling(1.0, 8, seed)) for seed in range(count)))
+        finally:
+            await asked.stop()
 
     asyncio.run(main())
     return metered

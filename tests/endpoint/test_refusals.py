@@ -130,6 +130,7 @@ def test_a_request_that_a_server_is_always_too_busy_for_is_given_up_while_others
             await metered.complete(TURNS, Sampling(1.0, 8, 1))
         with pytest.raises(NotAnswered, match="503"):
             poisonous.result()
+        await asked.stop()
 
     with answering(answer) as proxy:
         asyncio.run(main())

@@ -90,7 +90,9 @@ def test_through_faults_all_is_answered_pauses_are_kept_and_the_limit_falls_and_
 
         async def main() -> list[Completion]:
             await asked.start()
-            return [drawn for share in (0.0, 0.3, 0.0) for drawn in await phase(share)]
+            drawn = [drawn for share in (0.0, 0.3, 0.0) for drawn in await phase(share)]
+            await asked.stop()
+            return drawn
 
         async def phase(share: float) -> list[Completion]:
             proxy.share = share
