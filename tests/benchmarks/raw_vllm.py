@@ -1,17 +1,18 @@
 """Raw vLLM and Specmill on the same engines.
 
-    python tests/benchmarks/raw_vllm.py --pairs 6
+    python tests/benchmarks/raw_vllm.py --rounds 6
 
-The engines start once, in Specmill's actors, one bound to each core, and both contenders take turns on them: R S S R R S ... Before each
-turn the prefix cache is emptied. Both draw the same requests in the same order: the same token ids, seeds and grammar, with seeds
-of its own for each pair.
+The engines start once, in Specmill's actors, one bound to each core, and the contenders take turns on them, in an order that changes.
+Before each turn the prefix cache is emptied. All draw the same requests in the same order: the same token ids, seeds and grammar,
+with seeds of its own for each round.
 
 - raw: a loop in the process of each engine, which hands it ready token ids, keeps a quarter more of them in flight than the engine works
-  on at a time, and collects the drawn tokens in memory. The engines take the next request from one queue that they share (an append to
-  a file), which is never slower than halves that are cut beforehand. Measured from the first request to the last result.
+  on at a time, and collects the drawn tokens in memory. Measured from the first request to the last result. `queue`: the engines take
+  the next request from one queue that they share (an append to a file), so that they end together. `parts`: each has its own
+  part, cut beforehand, so that the requests of a category share an engine and its prefix cache.
 - Specmill: plan, shards, tokenising, drawing, splitting, gates, Parquet and ledger. Measured from the plan to the last commit.
 
-Then Specmill alone does more of the same work, for the engines' idle share and the tail, in which no shard waits any more.
+Then Specmill alone does more of the same work, for the engines' idle share and the tail, from when an engine runs dry for good.
 """
 
 import argparse
@@ -21,11 +22,12 @@ import tempfile
 import time
 import uuid
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from report import machine, ranged, ratio, row, say
-from workload import Result, fresh, requests_of, specmill, write_run
+from workload import Result, engine_of, engine_parser, fresh, requests_of, specmill, write_run
 
 from cluster.chat import chat_of
 from cluster.engine import Sampling
@@ -33,6 +35,9 @@ from cluster.fleet import answer
 from cluster.pool import Pool
 from cluster.session import ray_session
 from flows.workspace import Workspace
+from tasks.rollout import in_parts
+
+CONTENDERS = {"queue": "raw vLLM, one queue", "parts": "raw vLLM, a part for each engine", "specmill": "Specmill on the same engines"}
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,19 @@ async def forget(engine: Any, _: None) -> None:
         raise RuntimeError("the prefix cache is in use")
 
 
-def on_all(pool: Pool, function: Any, argument: Any) -> list[Any]:
-    """What `function` returns in every engine's process."""
-    running = [actor.run.remote(function, argument) for actor in pool.fleet().actors]
+def on_all(pool: Pool, function: Any, arguments: list[Any]) -> list[Any]:
+    """What `function` returns in every engine's process, which gets one of the arguments."""
+    running = [actor.run.remote(function, argument) for actor, argument in zip(pool.fleet().actors, arguments, strict=True)]
     return [answer(ref)[0] for ref in running]
 
 
-def raw(run: Workspace, pool: Pool, folder: Path) -> Result:
+def raw(contender: str, run: Workspace, pool: Pool, folder: Path) -> Result:
     """The plain way."""
-    chat = chat_of(pool.model.path)
+    engines, chat = pool.config.engines, chat_of(pool.model.path)
     ready = [(chat.prompt(request.turns), request.sampling) for request in requests_of(run)]
-    drawn = on_all(pool, draw_raw, Work(ready, str(folder / uuid.uuid4().hex)))
+    queue = str(folder / uuid.uuid4().hex)
+    shared, own = [Work(ready, queue)] * engines, [Work(list(part), f"{queue}-{i}") for i, part in enumerate(in_parts(ready, engines))]
+    drawn = on_all(pool, draw_raw, shared if contender == "queue" else own)
     rows, tokens = sum(part.rows for part in drawn), sum(part.tokens for part in drawn)
     if rows != len(ready):
         raise RuntimeError(f"{rows} of {len(ready)} requests were drawn")
@@ -119,56 +126,45 @@ def raw(run: Workspace, pool: Pool, folder: Path) -> Result:
 
 def turn(contender: str, run: Workspace, pool: Pool, folder: Path) -> Result:
     """One contender's turn, from an empty prefix cache."""
-    on_all(pool, forget, None)
+    on_all(pool, forget, [None] * pool.config.engines)
     run.generator = pool
-    return raw(run, pool, folder) if contender == "raw" else specmill(run)
+    return specmill(run) if contender == "specmill" else raw(contender, run, pool, folder)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """All turns, and their rows of the table."""
     say(machine())
-    engine = {
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        "engines": arguments.engines,
-        "gpus": arguments.gpus,
-        "max_num_seqs": arguments.batch,
-        "max_model_len": 4096,
-        "kv_cache_gib": 1.25,
-    }
-    results: dict[str, list[Result]] = {"raw": [], "specmill": []}
+    engine = engine_of(arguments)
+    results: dict[str, list[Result]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory() as place, ray_session():
         folder = Path(place)
         file = write_run(folder / "pairs", arguments.prompts, engine, n=2)
         longer = write_run(folder / "steady", arguments.steady, engine, n=2)
         first = write_run(folder / "first", 2 * arguments.batch, engine, n=1)
         with Pool(fresh(file, 0).config.generate.engine) as pool:
-            for contender in ("raw", "specmill"):
+            for contender in ("queue", "specmill"):
                 turn(contender, fresh(first, 0), pool, folder)
-            for pair in range(arguments.pairs):
-                run = fresh(file, pair)
-                for contender in ("raw", "specmill") if pair % 2 == 0 else ("specmill", "raw"):
+            orders = list(permutations(CONTENDERS))
+            for number in range(arguments.rounds):
+                run = fresh(file, number)
+                for contender in orders[number % len(orders)]:
                     result = turn(contender, run, pool, folder)
                     results[contender].append(result)
-                    say(f"pair {pair + 1}: {contender} {result.rows} rows, {result.tokens} tokens in {result.seconds:.1f} s")
+                    say(f"round {number + 1}: {contender} {result.rows} rows, {result.tokens} tokens in {result.seconds:.1f} s")
             steady = turn("specmill", fresh(longer, 0), pool, folder)
     speeds = {contender: [result.tokens / result.seconds for result in made] for contender, made in results.items()}
-    ranged("raw vLLM", speeds["raw"], "drawn tokens/s")
-    ranged("Specmill on the same engines", speeds["specmill"], "drawn tokens/s")
-    mean, low, high = ratio(list(zip(speeds["specmill"], speeds["raw"], strict=True)))
-    row("Specmill / raw vLLM", f"{mean:.3f}", f"95 % interval {low:.3f} to {high:.3f}, {arguments.pairs} pairs", "lower end 0.95")
+    for contender, values in speeds.items():
+        ranged(CONTENDERS[contender], values, "drawn tokens/s")
+    for contender in ("queue", "parts"):
+        mean, low, high = ratio(list(zip(speeds["specmill"], speeds[contender], strict=True)))
+        spread = f"95 % interval {low:.3f} to {high:.3f}, {arguments.rounds} pairs"
+        row(f"Specmill / {CONTENDERS[contender]}", f"{mean:.3f}", spread, "lower end 0.95")
     row("engines idle", f"{100 * steady.idle:.1f} %", f"of {steady.seconds:.0f} s", "3 %")
     row("tail", f"{100 * steady.tail:.1f} %", f"of {steady.seconds:.0f} s", "5 %")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=6, help="pairs of turns, at least 2")
-    parser.add_argument("--prompts", type=int, default=24, help="prompts of a turn; two completions are drawn of each")
+    parser = engine_parser(__doc__, prompts=24, batch=8)
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each contender, at least 2")
     parser.add_argument("--steady", type=int, default=100, help="prompts of the longer run of Specmill alone")
-    parser.add_argument("--model", default="default", help="`default`, a checkpoint directory or a hub id")
-    parser.add_argument("--dtype", default="float32", help="precision of the weights")
-    parser.add_argument("--engines", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of each engine")
-    parser.add_argument("--batch", type=int, default=8, help="requests that an engine works on at the same time")
     compare(parser.parse_args())

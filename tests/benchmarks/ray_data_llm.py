@@ -12,7 +12,6 @@ rows that compile the grammar, and from an empty prefix cache.
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pyarrow.dataset as ds
 from raw_vllm import forget, on_all
 from report import machine, ranged, ratio, row, say
-from workload import Request, Result, fresh, requests_of, specmill, write_run
+from workload import Request, Result, engine_of, engine_parser, fresh, requests_of, specmill, write_run
 
 from cluster.chat import chat_of
 from cluster.engine import EngineConfig
@@ -78,15 +77,7 @@ def ray_data(requests: list[Request], model: Model, config: EngineConfig, folder
 def compare(arguments: argparse.Namespace) -> None:
     """All runs, and their rows of the table."""
     say(machine())
-    engine = {
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        "engines": arguments.engines,
-        "gpus": arguments.gpus,
-        "max_num_seqs": arguments.batch,
-        "max_model_len": 4096,
-        "kv_cache_gib": 1.25,
-    }
+    engine = engine_of(arguments)
     speeds: dict[str, list[float]] = {"ray.data.llm": [], "Specmill": []}
     with tempfile.TemporaryDirectory() as place, ray_session():
         file = write_run(Path(place) / "run", arguments.prompts, engine, n=2)
@@ -95,11 +86,10 @@ def compare(arguments: argparse.Namespace) -> None:
             run = fresh(file, number)
             results = {"ray.data.llm": ray_data(requests_of(run), run.generator.model, run.generator.config, Path(place) / f"ray-{number}")}
             with Pool(run.generator.config) as pool:
-                warm, run.generator = fresh(first, number), pool
-                warm.generator = pool
-                specmill(warm)
-                on_all(pool, forget, None)
-                results["Specmill"] = specmill(run)
+                for work in (fresh(first, number), run):
+                    on_all(pool, forget, [None] * arguments.engines)
+                    work.generator = pool
+                    results["Specmill"] = specmill(work)
             for name, result in results.items():
                 say(f"run {number + 1}: {name} {result.rows} rows, {result.tokens} tokens in {result.seconds:.1f} s")
                 speeds[name].append(result.rows / result.seconds)
@@ -111,12 +101,6 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = engine_parser(__doc__, prompts=100, batch=8)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=200, help="two completions are drawn of each")
-    parser.add_argument("--model", default="default", help="`default`, a checkpoint directory or a hub id")
-    parser.add_argument("--dtype", default="float32", help="precision of the weights")
-    parser.add_argument("--engines", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs of each engine")
-    parser.add_argument("--batch", type=int, default=32, help="requests that an engine works on at the same time")
     compare(parser.parse_args())

@@ -3,9 +3,11 @@
 What Specmill does here is the first half of the flow's step `complete and judge`: plan, draw, gate, write, commit.
 """
 
+import argparse
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,15 @@ from scale import SPECS, write_prompts
 
 from cluster.chat import Turn
 from cluster.engine import Sampling
-from cluster.fleet import Line
 from flows.config import RunRequest
-from flows.workspace import Workspace, prepare, survey
-from tasks import complete, judge
+from flows.lines import Lines
+from flows.workspace import Workspace, prepare
+from tasks import complete
 from tasks.compose import generator_turns
-from tasks.ledger import Ledger
 from tasks.progress import Progress
 from tasks.prompts import Message
 from tasks.wanted import Wanted
-from tasks.work import Tally, work
+from tasks.work import work
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,24 @@ class Result:
     seconds: float
     idle: float = 0.0
     tail: float = 0.0
+
+
+def engine_parser(description: str, prompts: int, batch: int) -> argparse.ArgumentParser:
+    """The options of what starts vLLM: how much of it, and how it is configured."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=prompts, help="prompts of a turn; two completions are drawn of each")
+    parser.add_argument("--model", default="default", help="`default`, a checkpoint directory or a hub id")
+    parser.add_argument("--dtype", default="float32", help="precision of the weights")
+    parser.add_argument("--engines", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of each engine")
+    parser.add_argument("--batch", type=int, default=batch, help="requests that an engine works on at the same time")
+    return parser
+
+
+def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine of a run file, as the options say."""
+    names = {"max_num_seqs": arguments.batch, "max_model_len": 4096, "kv_cache_gib": 1.25}
+    return {name: getattr(arguments, name) for name in ("model", "dtype", "engines", "gpus")} | names
 
 
 def write_run(folder: Path, prompts: int, engine: dict[str, Any], **generate: Any) -> Path:
@@ -86,21 +105,16 @@ def requests_of(run: Workspace) -> list[Request]:
 
 def specmill(run: Workspace) -> Result:
     """Specmill's way. The engines start before the clock does; it stops when the last row is in the ledger."""
-    config, engines = run.config.generate, run.config.generate.engine.engines
-    ledger, line = Ledger(run.store, complete.STAGE), Line(complete.COMPLETE, run.generator.fleet)
+    engines = run.config.generate.engine.engines
     run.generator.fleet()
-    with Progress("complete", "completions") as progress:
+    with Progress("complete", "completions") as drawn, Progress("judge", "judgements") as judged:
         started = time.monotonic()
-        wanted, _ = survey(run, ledger, Ledger(run.store, judge.STAGE))
-        with ledger.writing(run.config.lease_seconds):
-            tally = Tally(ledger, progress)
-            for part, pairs in wanted.missing_completions():
-                asked = run.requests[part.category]
-                shard = complete.CompletionShard(run.store.root, run.generator.model, config, asked, run.gates, part.path, pairs)
-                tally.add(line, [replace(shard, pairs=piece) for piece in pairs.pieces(config.shard_rows)])
-            wall = work({line: tally})
-            tally.balance()
+        lines = Lines(run, drawn, judged)
+        with lines.drawn.ledger.writing(run.config.lease_seconds):
+            wall = work({lines.drawing: lines.drawn})
+            lines.drawn.balance()
             seconds = time.monotonic() - started
+    tally = lines.drawn
     if tally.quarantined:
         raise RuntimeError(f"{tally.quarantined} rows were quarantined")
     idle = max(0.0, 1 - tally.usage.busy_seconds / (engines * wall.seconds))
