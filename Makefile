@@ -38,7 +38,8 @@ quick: setup ## the tests that start no engine and no server, under two minutes
 soak: setup ## the tests that take many minutes: interruptions in every stage, both doors from nothing
 	.venv/bin/pytest -m soak
 
-scale: setup ## how far one driver reaches: a million prompts through fake engines
+scale: setup ## how far one driver reaches: a million prompts through fake engines, a thousand engines to feed
+	.venv/bin/python tests/benchmarks/feeding.py
 	.venv/bin/python tests/benchmarks/scale.py
 
 bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and datatrove: one table, half an hour on a quiet machine

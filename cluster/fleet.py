@@ -136,24 +136,19 @@ class _Work:
     deaths: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """An engine: what runs on it, or, at first and after its death, the answer that says that it is there."""
 
+    number: int
     actor: Any
     running: dict[Any, _Work] = field(default_factory=dict)
     returning: Any = None
+    open: bool = False
+    """Whether it takes work: it is there, and does not test a suspect."""
+    load: int = 0
+    """Requests in flight."""
     deaths: int = 0
-
-    @property
-    def open(self) -> bool:
-        """Whether it takes work: it is there, and does not test a suspect."""
-        return self.returning is None and not any(work.deaths for work in self.running.values())
-
-    @property
-    def load(self) -> int:
-        """Requests in flight."""
-        return sum(work.size for work in self.running.values())
 
 
 class Fleet:
@@ -225,8 +220,14 @@ class _Feeder:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
-        self.slots = [_Slot(actor, returning=actor.ready.remote(fleet.weights)) for actor in fleet.actors]
+        self.pending: dict[Any, _Slot] = {}
+        """Answers that are waited for, and from whom."""
+        self.slots = [_Slot(number, actor) for number, actor in enumerate(fleet.actors)]
         self.suspects: deque[_Work] = deque()
+        for slot in self.slots:
+            self._await(slot)
+        # The first to answer is not handed all of a small work while the others are about to answer.
+        ray.wait(list(self.pending), num_returns=len(self.pending), timeout=TICK_SECONDS)
 
     @property
     def busy(self) -> bool:
@@ -238,17 +239,12 @@ class _Feeder:
         """Whether every engine that is there has something to do."""
         return all(slot.running or slot.returning is not None for slot in self.slots)
 
-    def pending(self) -> list[Any]:
-        """Answers that are waited for."""
-        running = [ref for slot in self.slots for ref in slot.running]
-        return running + [slot.returning for slot in self.slots if slot.returning is not None]
-
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
         """Hands out work until every engine has twice what it can work on: shards that wait for their last rows leave it full.
 
         A suspect gets an engine for itself: first of all that one, back and empty, in which it was. `waiting`: requests of all lines.
         """
-        for slot in self.slots:
+        for slot in self.slots if self.suspects else ():
             if self.suspects and slot.open and not slot.running:
                 self._start(slot, self.suspects.popleft())
         while line := next((line for line in lines if line.waiting), None):
@@ -257,39 +253,47 @@ class _Feeder:
                 return
             slot = min(able, key=lambda slot: slot.load)
             share = max(self.fleet.capacity // 4, waiting // (2 * len(self.slots)), 1)
-            work = line.take(self.fleet, self.slots.index(slot), share)
+            work = line.take(self.fleet, slot.number, share)
             waiting -= work.size
             self._start(slot, work)
 
     def receive(self, ready: Any) -> Iterator[Done]:
         """Takes an answer, if it is of this fleet."""
-        slot = next((slot for slot in self.slots if ready in slot.running or ready == slot.returning), None)
-        if slot is None:
+        slot = self.pending.pop(ready, None)
+        if slot is None:  # of another fleet, or of an engine that has died since
             return
         if ready == slot.returning:
             answer(ready, "an engine did not start")
-            slot.returning = None
+            slot.returning, slot.open = None, True
             return
         try:
             result, usage = answer(ready)
         except RayActorError as error:
             yield from self._bury(slot, last_line(error))
             return
-        slot.deaths = 0
         work = slot.running.pop(ready)
+        slot.load, slot.open, slot.deaths = slot.load - work.size, True, 0
         yield Done(work.line, work.shard, result, usage)
 
     def _start(self, slot: _Slot, work: _Work) -> None:
-        slot.running[slot.actor.run.remote(work.line.stage.run, work.shard, self.fleet.weights)] = work
+        ref = slot.actor.run.remote(work.line.stage.run, work.shard, self.fleet.weights)
+        slot.running[ref], self.pending[ref] = work, slot
+        slot.load, slot.open = slot.load + work.size, not work.deaths
+
+    def _await(self, slot: _Slot) -> None:
+        slot.returning, slot.open, slot.load = slot.actor.ready.remote(self.fleet.weights), False, 0
+        self.pending[slot.returning] = slot
 
     def _bury(self, slot: _Slot, reason: str) -> Iterator[Done]:
         """After the death of an engine: its shards are suspects; one that was alone in it is split or given up."""
         dead = list(slot.running.values())
+        for ref in slot.running:
+            self.pending.pop(ref, None)
         slot.running.clear()
         slot.deaths += 1
         if slot.deaths > MAX_DEATHS * 4:
             raise SpecmillError(f"an engine died {slot.deaths} times without finishing a shard: {reason}")
-        slot.returning = slot.actor.ready.remote(self.fleet.weights)
+        self._await(slot)
         for work in dead:
             work.deaths += 1
         if len(dead) > 1 or dead[0].deaths < 2:
@@ -316,18 +320,19 @@ def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> It
     feeders: dict[int, _Feeder] = {}
     while True:
         for line in lines:
-            if line.waiting:
-                fleet = line.fleet()
-                feeders.setdefault(id(fleet), _Feeder(fleet))
+            if line.waiting and id(fleet := line.fleet()) not in feeders:
+                feeders[id(fleet)] = _Feeder(fleet)
         waiting = sum(line.waiting for line in lines)
         if not waiting and not any(feeder.busy for feeder in feeders.values()):
             return
         for feeder in feeders.values():
             feeder.fill([line for line in lines if line.waiting and line.fleet() is feeder.fleet], waiting)
-        pending = [ref for feeder in feeders.values() for ref in feeder.pending()]
+        pending = [ref for feeder in feeders.values() for ref in feeder.pending]
         if tick:
             tick(all(feeder.full for feeder in feeders.values()))
         ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS if tick else None)
+        if ready:  # of a thousand engines, many have answered in the meantime
+            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         for ref in ready:
             for feeder in feeders.values():
                 yield from feeder.receive(ref)

@@ -55,14 +55,17 @@ class Pool:
     def fleet(self) -> Fleet:
         """The engines, started if need be: at least one of them runs, all of them if they receive weights.
 
+        Those that take up to twice as long as the first are waited for, or it would take all of a small work; others join later.
         Raises UserError when they cannot fit in memory or on the cluster's machines.
         """
         if self._fleet is None:
             self.check_memory()
             self._check_room()
             self._fleet = Fleet([self._actor(number) for number in range(self.config.engines)], self.config.max_num_seqs)
-            self._starting = [actor.ready.remote() for actor in self._fleet.actors]
-            for ready in ray.wait(self._starting, num_returns=len(self._starting) if self.receives_weights else 1)[0]:
+            self._starting, began = [actor.ready.remote() for actor in self._fleet.actors], time.monotonic()
+            needed = ray.wait(self._starting, num_returns=len(self._starting) if self.receives_weights else 1)[0]
+            started = ray.wait(self._starting, num_returns=len(self._starting), timeout=time.monotonic() - began)[0]
+            for ready in {*needed, *started}:
                 answer(ready, f"the engine of {self.config.model} did not start")
         return self._fleet
 

@@ -53,7 +53,7 @@ def run(
     from flows.workspace import prepare
     from tasks.progress import say
 
-    prepare(request, trains=flow != "regenerate")
+    prepare(request, trains=flow != "regenerate").check_keys()
     say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
     interrupted = threading.Event()
     try:

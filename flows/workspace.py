@@ -111,6 +111,11 @@ class Workspace:
         """The model that is trained: the generator, or, where that is behind an endpoint, the one that `evaluate` names."""
         return self.policy_engine.model
 
+    def check_keys(self) -> None:
+        """Raises UserError when an endpoint's key is not in this process's environment."""
+        for pool in (self.generator, self.judge):
+            pool.check_key()
+
     def start(self, pool: Pool, needed: bool = True) -> None:
         """Starts the engines of a pool. They take up to a minute; a person should know what is being waited for."""
         if needed and not pool.started:
@@ -243,8 +248,7 @@ def _check_training(run: Workspace) -> None:
 
 def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
     workspace = prepare(request, trains)
-    for pool in (workspace.generator, workspace.judge):
-        pool.check_key()
+    workspace.check_keys()
     counts, shown = workspace.prompts.counts, workspace.prompts.manifest["quarantined"]
     say(f"run {workspace.run_id}: {counts['prompts']} prompts, {counts['capability']} capability rows -> {workspace.store.root}")
     for row in shown:

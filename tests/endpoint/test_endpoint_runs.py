@@ -105,4 +105,4 @@ def test_a_missing_key_is_told_by_the_name_of_its_variable(tmp_path: Path, monke
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = prepare(run_file(tmp_path), trains=False)
     with pytest.raises(UserError, match=VARIABLE):
-        run.judge.check_key()
+        run.check_keys()

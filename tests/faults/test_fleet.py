@@ -17,7 +17,7 @@ from ray import cloudpickle
 from cluster.chat import Turn
 from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
 from cluster.errors import SpecmillError
-from cluster.fleet import Stage
+from cluster.fleet import Fleet, Stage
 from cluster.pool import Pool
 from cluster.serving import NotAnswered
 
@@ -85,6 +85,31 @@ def echoed(texts: list[str], engines: int = 2, stage: Stage = ECHO, shard: int =
 
 
 TEXTS = [f"text number {number}" for number in range(120)]
+
+
+class Counted:
+    """An actor; every call of it is noted by name."""
+
+    def __init__(self, actor: Any, calls: list[str]) -> None:
+        self.actor, self.calls = actor, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.append(name)
+        return getattr(self.actor, name)
+
+
+def test_an_engine_is_asked_for_its_shards_and_once_whether_it_is_there(ray: None) -> None:
+    calls: list[str] = []
+    with Pool(EngineConfig(backend="fake", max_num_seqs=16)) as pool:
+        fleet = Fleet([Counted(actor, calls) for actor in pool.fleet().actors], 16)
+        assert len(list(fleet.map(ECHO, [Texts((text,)) for text in TEXTS]))) == len(TEXTS)
+    assert sorted(calls) == ["ready"] + ["run"] * len(TEXTS)
+
+
+def test_a_work_that_one_engine_could_take_is_shared_by_those_that_start_together(ray: None) -> None:
+    with Pool(EngineConfig(backend="fake", engines=2, max_num_seqs=64)) as pool:
+        processes = [done.result for done in pool.map(Stage(process_id, size=lambda _: 1), [None] * 8)]
+    assert sorted(processes.count(process) for process in set(processes)) == [4, 4]
 
 
 def test_requests_that_are_not_answered_are_asked_again(ray: None) -> None:
