@@ -28,7 +28,12 @@ class RunConfig(Strict):
 
     version: Literal[1] = Field(1, title="Version", description="Version of the run file's format.")
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$", title="Name", description="Names the dataset and the report.")
-    root: str = Field("./out", min_length=1, title="Root", description="Where everything is written: a directory.")
+    root: str = Field(
+        "./out",
+        min_length=1,
+        title="Root",
+        description="Where everything is written: a directory, or s3://bucket/prefix for the flow regenerate.",
+    )
     lease_seconds: float = Field(
         30, gt=0, le=86400, title="Lease", description="A run whose ledger has not moved for so long is taken to be dead."
     )

@@ -18,6 +18,7 @@ from tasks import complete, judge
 from tasks.complete import Request
 from tasks.keyset import KeySet, column_keys
 from tasks.ledger import Ledger
+from tasks.prompts import Split
 from tasks.wanted import Wanted
 
 ORIGINS = ["prompt_hash", "sample", "spec_hash", "template_hash", "sampling_hash", "generator", "generator_revision"]
@@ -32,8 +33,6 @@ class Line:
     wanted: int = 0
     reused: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    host: str | None = None
-    """Where they are sent to, if they leave this machine or cluster."""
 
     @property
     def to_do(self) -> int:
@@ -52,41 +51,55 @@ class Estimate:
     price: float | None = None
 
 
-def plan(run: Workspace) -> tuple[list[Line], list[Estimate]]:
-    """The lines of both stages by category, and what they will cost."""
+@dataclass(frozen=True)
+class Leaving:
+    """What would leave this machine or cluster for a host, counted by category."""
+
+    stage: str
+    what: str
+    host: str
+    counts: dict[str, int]
+
+
+def plan(run: Workspace) -> tuple[list[Line], list[Estimate], list[Leaving]]:
+    """The lines of both stages by category, what they will cost, and what would leave this machine."""
     completions, judgements = Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE)
     wanted, _ = survey(run, completions, judgements)
     lines = [*_complete_lines(run, wanted, completions), *_judge_lines(run, wanted, judgements)]
-    hosts = {"complete": host_outside(run.config.generate.engine), "judge": host_outside(run.config.judge.engine)}
-    for line in lines:
-        line.host = hosts[line.stage]
-    return lines, [
+    estimates = [
         _estimate(completions, int((~wanted.made).sum()), run.config.generate.engine),
         _estimate(judgements, _runs_to_make(run, wanted), run.config.judge.engine),
     ]
+    return lines, estimates, _leaving(run, lines)
 
 
-def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate]) -> str:
+def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate], leaving: Iterable[Leaving]) -> str:
     """The plan for the terminal: a table, what would leave this machine, and what it will cost."""
-    lines = list(lines)
     rows = [["stage", "category", "wanted", "reused", "to do", "why"]]
     for line in lines:
         why = ", ".join(f"{count} {reason}" for reason, count in line.reasons.most_common())
         rows.append([line.stage, line.category, str(line.wanted), str(line.reused), str(line.to_do), why])
-    return "\n".join([*aligned(rows), "", *_leaving(lines), *map(_sentence, estimates)])
+    left = [
+        f"{sent.stage}: {sent.what.format(sum(sent.counts.values()))} would leave this machine for {sent.host}: "
+        + ", ".join(f"{count} {category}" for category, count in sent.counts.items())
+        for sent in leaving
+    ]
+    return "\n".join([*aligned(rows), "", *(left or ["nothing would leave this machine"]), *map(_sentence, estimates)])
 
 
-def _leaving(lines: Iterable[Line]) -> list[str]:
-    """Which rows of which categories would be sent to which host, a sentence for each stage and host."""
-    sent: dict[tuple[str, str], list[Line]] = defaultdict(list)
-    for line in lines:
-        if line.host and line.to_do:
-            sent[line.stage, line.host].append(line)
-    return [
-        f"{stage}: {sum(line.to_do for line in group)} rows would leave this machine for {host}: "
-        + ", ".join(f"{line.to_do} {line.category}" for line in group)
-        for (stage, host), group in sent.items()
-    ] or ["nothing would leave this machine"]
+def _leaving(run: Workspace, lines: list[Line]) -> list[Leaving]:
+    """What the stages of this plan send, and what training and evaluation would have judged."""
+    sent = []
+    for stage, engine in (("complete", run.config.generate.engine), ("judge", run.config.judge.engine)):
+        rows = Counter({line.category: line.to_do for line in lines if line.stage == stage})
+        sent.append((stage, "{} rows", host_outside(engine), rows))
+    splits: dict[str, Split] = {"train": "rl", "evaluate": "eval"}
+    for flow, split in splits.items():
+        prompts: Counter[str] = Counter()
+        for part in run.prompts.parts:
+            prompts[part.category] += part.splits[split]
+        sent.append((flow, f"answers to {{}} prompts of the {split} split", host_outside(run.config.judge.engine), prompts))
+    return [Leaving(stage, what, host, dict(+counts)) for stage, what, host, counts in sent if host and +counts]
 
 
 def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line]:
@@ -98,7 +111,7 @@ def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line
         for row, sample in pairs:
             named[names[row].as_py()].append((part.category, sample))
     older: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for _, table in run.store.read_shards(ledger.shards() if named else [], ORIGINS):
+    for table in run.store.read_tables([shard.path for shard in ledger.shards()] if named else [], ORIGINS):
         if table is not None:
             for row in table.filter(pc.is_in(table["prompt_hash"], pa.array(list(named)))).to_pylist():
                 older[row["prompt_hash"]].append(row)
@@ -133,7 +146,7 @@ def _runs_to_make(run: Workspace, wanted: Wanted) -> int:
 def _judged_before(run: Workspace, wanted: Wanted, index: npt.NDArray[np.int64], ledger: Ledger) -> list[str]:
     """Why each of some completions has verdicts to make."""
     by_this, by_another = KeySet(), KeySet()
-    for _, table in run.store.read_shards(ledger.shards() if len(index) else [], ["completion_key", "judge_hash"]):
+    for table in run.store.read_tables([shard.path for shard in ledger.shards()] if len(index) else [], ["completion_key", "judge_hash"]):
         if table is not None:
             mine = pc.equal(table["judge_hash"], run.judge_hash("full")).to_numpy()
             keys = column_keys(table["completion_key"])

@@ -124,7 +124,7 @@ class Ledger:
                 raise self._fenced
             state = self._state or self.read()
             if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
-                content = asdict(state) | {"shards": [asdict(shard) for shard in state.shards.values()]}
+                content = vars(state) | {"shards": list(map(vars, state.shards.values())), "usage": asdict(state.usage)}
                 self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())
             ends, cost = ended or not self._lease, usage or Usage()
             entry = asdict(Entry(1, self.stage, self.writer, self._lease, ends, list(shards), list(lost), cost, time.time()))

@@ -61,20 +61,22 @@ class PromptSet:
         """Prompts of a split."""
         return sum(part.splits[split] for part in self.parts)
 
-    def table(self, part: Part, split: Split, columns: list[str]) -> pa.Table:
-        """Some columns of a part's prompts of a split, and `row`, where each is in the part."""
-        table = self.store.read_table(part.path, list(dict.fromkeys([*columns, "group", "split"])))
-        table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int32)))
-        reserved = pc.is_in(table["group"], value_set=pa.array(self.manifest["reserved"], pa.string()))
-        splits = pc.if_else(reserved, "eval", table["split"])
-        return table.set_column(table.column_names.index("split"), "split", splits).filter(pc.equal(splits, split))
+    def tables(self, split: Split, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Number of each part that has prompts of a split, and some columns of these, with `row`, where each is in the part."""
+        numbers = [number for number, part in enumerate(self.parts) if part.splits[split]]
+        paths, columns = [self.parts[number].path for number in numbers], list(dict.fromkeys([*columns, "group", "split"]))
+        reserved = pa.array(self.manifest["reserved"], pa.string())
+        for number, path, found in zip(numbers, paths, self.store.read_tables(paths, columns), strict=True):
+            table = self.store.read_table(path, columns) if found is None else found  # says that the part is gone
+            table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int32)))
+            splits = pc.if_else(pc.is_in(table["group"], value_set=reserved), "eval", table["split"])
+            yield number, table.set_column(table.column_names.index("split"), "split", splits).filter(pc.equal(splits, split))
 
     def prompts(self, split: Split) -> Iterator[Prompt]:
         """The prompts of a split, one after the other."""
-        for part in self.parts:
-            if part.splits[split]:
-                for row in self.table(part, split, tables.PROMPTS.names).to_pylist():
-                    yield Prompt.model_validate({name: row[name] for name in Prompt.model_fields})
+        for _, table in self.tables(split, tables.PROMPTS.names):
+            for row in table.to_pylist():
+                yield Prompt.model_validate({name: row[name] for name in Prompt.model_fields})
 
     @cached_property
     def capability(self) -> list[CapabilityRow]:

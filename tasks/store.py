@@ -201,20 +201,20 @@ class Store:
             raise Corrupt(f"{path}: no column {', '.join(sorted(missing))}")
         return table
 
-    def read_shards(self, shards: Sequence[Shard], columns: list[str]) -> Iterator[tuple[Shard, pa.Table | None]]:
-        """Some columns of each shard, in order, several being read at a time; None for one that is gone. Raises Corrupt."""
+    def read_tables(self, paths: Sequence[str], columns: list[str]) -> Iterator[pa.Table | None]:
+        """Some columns of Parquet files, in order, several being read at a time; None for one that is gone. Raises Corrupt."""
 
-        def read(shard: Shard) -> pa.Table | None:
+        def read(path: str) -> pa.Table | None:
             try:
-                return self.read_table(shard.path, columns)
+                return self.read_table(path, columns)
             except FileNotFoundError:
                 return None
 
         with ThreadPoolExecutor(READERS) as readers:
             ahead: deque[Future[pa.Table | None]] = deque()
-            for number, shard in enumerate(shards):
-                ahead.extend(readers.submit(read, later) for later in shards[number + len(ahead) : number + 2 * READERS])
-                yield shard, ahead.popleft().result()
+            for number in range(len(paths)):
+                ahead.extend(readers.submit(read, later) for later in paths[number + len(ahead) : number + 2 * READERS])
+                yield ahead.popleft().result()
 
     def verify(self, file: File) -> str | None:
         """What is wrong with a file, or None."""

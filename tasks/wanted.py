@@ -30,6 +30,7 @@ NOT_JUDGED, NO_SCORE = 0, -1
 """Entries of `scores` beside 1 to 5: a run that was not made, and one whose verdict is missing (quarantined)."""
 MARKS = ["key", "content", "cited_verdict", "gates", "drop_reason"]
 GATED = ["finish_reason", "malformed", "thought", "answer", "quarantined"]
+SCORED = ["completion_key", "content", "run", "score", "judge_hash"]
 NOT_MADE = 255
 """Entry of `dropped` of a completion that is not there."""
 
@@ -58,11 +59,8 @@ class Wanted:
     def of(cls, prompts: PromptSet, split: Split, asked: dict[str, Request], n: int, k: int) -> "Wanted":
         """n samples of every prompt of a split; nothing is there yet."""
         columns: list[tuple[Any, ...]] = []
-        for number, part in enumerate(prompts.parts):
-            if not part.splits[split]:
-                continue
-            table = prompts.table(part, split, ["prompt_hash"])
-            prefix = asked[part.category].prefix
+        for number, table in prompts.tables(split, ["prompt_hash"]):
+            prefix = asked[prompts.parts[number].category].prefix
             keys = keys_of([completion_key(prefix, name, sample) for name in table["prompt_hash"].to_pylist() for sample in range(n)])
             rows = np.repeat(table["row"].to_numpy().astype(np.uint32), n)
             samples = np.tile(np.arange(n, dtype=np.uint16), table.num_rows)
@@ -116,7 +114,7 @@ class Wanted:
         Rows that were gated by other rules are read again: it takes no engine to change a gate. Returns the shards that are gone.
         """
         lost = []
-        for shard, table in store.read_shards(shards, MARKS):
+        for shard, table in zip(shards, store.read_tables([shard.path for shard in shards], MARKS), strict=True):
             if table is None:
                 lost.append(shard.path)
                 continue
@@ -145,9 +143,10 @@ class Wanted:
         its first run on, up to a score that settles it, and earlier scores must not take that one's place.
         """
         lost = []
-        for shard, table in store.read_shards(shards[::-1], ["completion_key", "content", "run", "score", "judge_hash"]):
+        paths = [shard.path for shard in shards[::-1]]
+        for path, table in zip(paths, store.read_tables(paths, SCORED), strict=True):
             if table is None:
-                lost.append(shard.path)
+                lost.append(path)
                 continue
             runs = table["run"].to_numpy()
             places, here = find(self.keys, column_keys(table["completion_key"]))

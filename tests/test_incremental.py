@@ -75,7 +75,7 @@ def regenerate(folder: Path, *changes: str) -> Any:
 
 
 def planned(folder: Path, *changes: str) -> dict[tuple[str, str], Line]:
-    lines, _ = plan(prepare(request(folder, *changes)))
+    lines, *_ = plan(prepare(request(folder, *changes)))
     return {(line.stage, line.category): line for line in lines if line.to_do}
 
 
