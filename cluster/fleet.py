@@ -7,6 +7,7 @@ is split until the row is found; the stage then gives that row up, and the rest 
 """
 
 import asyncio
+import logging
 import os
 import uuid
 from collections import deque
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from cluster.cores import claim_cores
 from cluster.engine import EngineConfig, EngineDied
-from cluster.errors import SpecmillError
+from cluster.errors import SpecmillError, UserError
 from cluster.fake_engine import FakeEngine
 from cluster.models import Model
 from cluster.openai_engine import OpenAIEngine
@@ -31,6 +33,9 @@ ResultT = TypeVar("ResultT")
 MAX_DEATHS = 3
 """So many times may a shard that cannot be split or given up kill its engine, and an engine die without finishing a shard."""
 TICK_SECONDS = 1.0
+DEATHS = (RayActorError, OutOfMemoryError)
+"""How Ray says that an actor's process has ended: by itself, with its machine, or because the machine had no memory left."""
+logger = logging.getLogger(__name__)
 
 
 def _no_prefix(shard: Any) -> str:
@@ -78,8 +83,7 @@ class EngineActor:
 
     def __init__(self, model: Model, config: EngineConfig, number: int, receives_weights: bool) -> None:
         if config.backend == "vllm" and config.gpus == 0:
-            cores, first = sorted(os.sched_getaffinity(0)), number * config.tensor_parallel
-            mine = [cores[rank % len(cores)] for rank in range(first, first + config.tensor_parallel)]
+            mine = claim_cores(config.tensor_parallel, number * config.tensor_parallel)
             os.sched_setaffinity(0, mine)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, mine))
         self._engine = _engine(model, config, receives_weights)
@@ -237,7 +241,7 @@ class _Feeder:
     @property
     def full(self) -> bool:
         """Whether every engine that is there has something to do."""
-        return all(slot.running or slot.returning is not None for slot in self.slots)
+        return all(slot.running or not slot.open for slot in self.slots)
 
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
         """Hands out work until every engine has twice what it can work on: shards that wait for their last rows leave it full.
@@ -263,12 +267,11 @@ class _Feeder:
         if slot is None:  # of another fleet, or of an engine that has died since
             return
         if ready == slot.returning:
-            answer(ready, "an engine did not start")
-            slot.returning, slot.open = None, True
+            self._welcome(slot)
             return
         try:
             result, usage = answer(ready)
-        except RayActorError as error:
+        except DEATHS as error:
             yield from self._bury(slot, last_line(error))
             return
         work = slot.running.pop(ready)
@@ -283,6 +286,21 @@ class _Feeder:
     def _await(self, slot: _Slot) -> None:
         slot.returning, slot.open, slot.load = slot.actor.ready.remote(self.fleet.weights), False, 0
         self.pending[slot.returning] = slot
+
+    def _welcome(self, slot: _Slot) -> None:
+        """Takes an engine that is there. One that does not start is left out, unless there is no other."""
+        ready, slot.returning = slot.returning, None
+        try:
+            slot.open = answer(ready, "an engine did not start")
+        except SpecmillError as error:
+            slot.deaths += 1
+            if slot.deaths <= MAX_DEATHS and not isinstance(error, UserError):
+                ray.kill(slot.actor, no_restart=False)
+                self._await(slot)
+                return
+            if not any(other.open or other.running or other.returning is not None for other in self.slots):
+                raise
+            logger.warning("engine %d of %d is left out: %s", slot.number + 1, len(self.slots), error)
 
     def _bury(self, slot: _Slot, reason: str) -> Iterator[Done]:
         """After the death of an engine: its shards are suspects; one that was alone in it is split or given up."""
@@ -341,7 +359,7 @@ def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> It
 def answer(ref: Any, died: str = "") -> Any:
     """What an actor answers. Raises its own SpecmillError as it is, and SpecmillError for other failures.
 
-    The death of the actor is RayActorError, or with `died` a SpecmillError that begins so.
+    The death of the actor is one of DEATHS, or with `died` a SpecmillError that begins so.
     """
     try:
         return ray.get(ref)
@@ -349,7 +367,7 @@ def answer(ref: Any, died: str = "") -> Any:
         if isinstance(error.cause, SpecmillError):
             raise error.cause from None
         raise SpecmillError(f"an engine failed: {last_line(error)}") from error
-    except RayActorError as error:
+    except DEATHS as error:
         if not died:
             raise
         raise SpecmillError(f"{died}: {last_line(error)}") from error

@@ -111,8 +111,8 @@ class Pool:
                 raise UserError(
                     f"{engines} of {self.config.engines} engines of {self.config.model} need {engines * need:g} {name}s, "
                     f"{need:g} of them on one machine; the Ray cluster has {total.get(name, 0.0):g}, {free.get(name, 0.0):g} of them free, "
-                    f"and no machine more than {largest[name]:g}. Lower `engines` or `tensor_parallel`, or let engines share GPUs: `gpus` "
-                    "below 1 and a smaller `gpu_memory_utilization`."
+                    f"and no machine more than {largest[name]:g}. Lower `engines` or `tensor_parallel`, let generator and judge take turns "
+                    "(`judge.overlap: false`), or let engines share GPUs: `gpus` below 1 and a smaller `gpu_memory_utilization`."
                 )
             time.sleep(0.2)
 

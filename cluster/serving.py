@@ -4,6 +4,7 @@ Stages talk to a `Metered` engine, one per shard. It adds up what the shard cost
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from cluster.errors import SpecmillError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first and the last retry of a request that was not answered; each pause is drawn below its bound (full jitter)."""
+ONE_WORD = (Turn(role="user", content="Hello."),)
+"""What an engine is asked that may answer nobody."""
 
 
 @dataclass
@@ -49,34 +52,59 @@ class Served:
         self.engine, self.config = engine, config
         self._in_flight = 0
         self._busy_since = self._answered_at = self._given_at = 0.0
+        self._silent_at = -math.inf
         self._busy = 0.0
+        self._doubt = asyncio.Lock()
+        # An endpoint's client keeps the time itself, from when it sends a request: it holds back what is too much for the server.
+        self._longest = math.inf if config.remote else config.request_seconds
 
     async def complete(self, turns: Sequence[Turn], sampling: Sampling, usage: Usage) -> Completion:
         """Draws one completion, trying again where no answer came. Raises NotAnswered, ValueError for a refusal, and EngineDied.
 
-        A busy server is no fault of a request and counts as no attempt. After `request_seconds` the request is given up if others were
-        answered meanwhile; if none was, the run ends (SpecmillError).
+        A request is given up after `attempts` attempts without an answer, or when the server has been too busy for it for
+        `request_seconds`, which counts as no attempt; but only if the engine answers others meanwhile. An engine that answers nobody for
+        so long, or refuses everything, ends the run (SpecmillError): what is wrong is not the rows.
         """
-        asked, failed, tries = time.monotonic(), 0, 0
+        since, failed, tries, lives = 0.0, 0, 0, False
         while True:
+            asked = time.monotonic()
             try:
                 answer = await self._watched(turns, sampling)
-            except Busy as error:
-                reason, pause = str(error), error.pause
-                if time.monotonic() - asked >= self.config.request_seconds:
+            except (Unavailable, MemoryError) as error:
+                now, busy = time.monotonic(), isinstance(error, Busy)
+                since, failed = since or now, failed + (not busy)
+                reason, over = str(error) or "out of memory", now - since >= self.config.request_seconds
+                if failed >= self.config.attempts:
+                    if lives or self._given_at > asked:
+                        raise NotAnswered(f"no answer in {failed} attempts; the last: {reason}") from None
+                    lives = await self._answers(sampling, usage, asked)
+                    failed = failed if lives else 0  # they were the engine's fault
+                if over and not lives:
                     told = f"{reason}, and has been for {self.config.request_seconds:g} s"
-                    raise (NotAnswered(told) if self._given_at > asked else SpecmillError(f"{told}. What is made is kept.")) from None
-            except Unavailable as error:
-                reason, pause, failed = str(error), 0.0, failed + 1
+                    raise (NotAnswered(told) if self._given_at > since else SpecmillError(f"{told}. What is made is kept.")) from None
+                pause = error.pause if isinstance(error, Busy) else 0.0
+            except ValueError as error:
+                if not await self._answers(sampling, usage, 0.0):
+                    raise SpecmillError(f"{error}. A request of one word is not answered either. What is made is kept.") from None
+                raise
             else:
                 self._given_at = time.monotonic()
                 self._count(answer, usage)
                 return answer
-            if failed >= self.config.attempts:
-                raise NotAnswered(f"no answer in {self.config.attempts} attempts; the last: {reason}")
             tries += 1
             usage.retries += 1
             await asyncio.sleep(pause + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 10))))
+
+    async def _answers(self, sampling: Sampling, usage: Usage, since: float) -> bool:
+        """Whether the engine has answered anybody since then; if it has not, it is asked for one word."""
+        async with self._doubt:
+            if self._given_at <= since and time.monotonic() - self._silent_at > LONGEST_PAUSE:
+                try:
+                    self._count(await self._watched(ONE_WORD, sampling), usage)
+                    self._given_at = time.monotonic()
+                except (Unavailable, MemoryError, ValueError):
+                    self._silent_at = time.monotonic()
+            return self._given_at > since
 
     def _count(self, answer: Completion, usage: Usage) -> None:
         tokens = answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens
@@ -104,7 +132,7 @@ class Served:
                 now = time.monotonic()
                 if now - self._answered_at >= self.config.stuck_seconds:
                     raise EngineDied(f"no request was answered for {self.config.stuck_seconds:g} s")
-                if now - started >= self.config.request_seconds:
+                if now - started >= self._longest:
                     raise Unavailable(f"not answered in {self.config.request_seconds:g} s")
             return work.result()
         finally:
@@ -118,7 +146,7 @@ class Served:
     def _patience(self, started: float) -> float:
         """Seconds until there is something to decide."""
         now = time.monotonic()
-        return max(0.01, min(started + self.config.request_seconds, self._answered_at + self.config.stuck_seconds) - now)
+        return max(0.01, min(started + self._longest, self._answered_at + self.config.stuck_seconds) - now)
 
 
 class Metered:

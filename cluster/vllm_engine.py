@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.chat import Turn, chat_of
-from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, request_ids
+from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, Unavailable, request_ids
 from cluster.models import Model
 from cluster.weight_transfer import BACKEND
 
@@ -90,7 +90,7 @@ class VllmEngine:
     async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         prompt = request_ids(self._chat, turns, sampling, self.config)
         held = None
@@ -111,6 +111,8 @@ class VllmEngine:
                 result = output
         except EngineDeadError as error:
             raise EngineDied(str(error)) from error
+        except EngineGenerateError as error:
+            raise Unavailable(f"vLLM failed: {error.__cause__ or error}") from error
         drawn = result.outputs[0]
         ids = list(drawn.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(ids, drawn.logprobs, strict=True)] if drawn.logprobs else []

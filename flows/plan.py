@@ -22,6 +22,8 @@ from tasks.prompts import Split
 from tasks.wanted import Wanted
 
 ORIGINS = ["prompt_hash", "sample", "spec_hash", "template_hash", "sampling_hash", "generator", "generator_revision"]
+Changes = tuple[bool, bool, bool, bool]
+CHANGES = ("spec", "model", "template", "sampling")
 
 
 @dataclass
@@ -110,14 +112,18 @@ def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line
         names = run.store.read_table(part.path, ["prompt_hash"])["prompt_hash"]
         for row, sample in pairs:
             named[names[row].as_py()].append((part.category, sample))
-    older: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    older: dict[str, list[tuple[int, Changes]]] = defaultdict(list)
+    known = np.array(sorted(named), "S64")
     for table in run.store.read_tables([shard.path for shard in ledger.shards()] if named else [], ORIGINS):
         if table is not None:
-            for row in table.filter(pc.is_in(table["prompt_hash"], pa.array(list(named)))).to_pylist():
-                older[row["prompt_hash"]].append(row)
+            names = np.array(table["prompt_hash"].to_pylist(), "S64")
+            here = known[np.minimum(np.searchsorted(known, names), len(known) - 1)] == names
+            for row in table.filter(pa.array(here)).to_pylist():
+                name = row["prompt_hash"]
+                older[name].append((row["sample"], _changes(row, run.requests[named[name][0][0]])))
     for name, missing in named.items():
         for category, sample in missing:
-            lines[category].reasons[_reason(older[name], sample, run.requests[category])] += 1
+            lines[category].reasons[_reason(older.get(name, []), sample)] += 1
     return list(lines.values())
 
 
@@ -156,26 +162,23 @@ def _judged_before(run: Workspace, wanted: Wanted, index: npt.NDArray[np.int64],
     return list(np.select([same, other], ["more runs", "judge changed"], "new completion"))
 
 
-def _reason(older: list[dict[str, Any]], sample: int, asked: Request) -> str:
+def _changes(row: dict[str, Any], asked: Request) -> Changes:
+    """Whether spec, model, template and sampling of a completion differ from what is asked now."""
+    return (
+        row["spec_hash"] != asked.spec.hash,
+        (row["generator"], row["generator_revision"]) != (asked.model.id, asked.model.revision),
+        row["template_hash"] != asked.template,
+        row["sampling_hash"] != asked.sampling,
+    )
+
+
+def _reason(older: list[tuple[int, Changes]], sample: int) -> str:
     if not older:
         return "new prompt"
-    same = [row for row in older if row["sample"] == sample]
+    same = [changes for number, changes in older if number == sample]
     if not same:
         return "more samples"
-    changes = [
-        [
-            name
-            for name, differs in (
-                ("spec", row["spec_hash"] != asked.spec.hash),
-                ("model", (row["generator"], row["generator_revision"]) != (asked.model.id, asked.model.revision)),
-                ("template", row["template_hash"] != asked.template),
-                ("sampling", row["sampling_hash"] != asked.sampling),
-            )
-            if differs
-        ]
-        for row in same
-    ]
-    nearest = min(changes, key=len)
+    nearest = [name for name, changed in zip(CHANGES, min(same, key=sum), strict=True) if changed]
     return f"{' and '.join(nearest)} changed" if nearest else "lost"
 
 

@@ -31,7 +31,7 @@ from tasks.work import cost_per_kept
 def complete_and_judge_step(run: Workspace) -> None:
     """Draws the completions of the SFT split that no ledger entry holds and judges, k times, those that pass the gates.
 
-    A completion shard that is finished is judged while the next ones are drawn; two pools that have no room beside each other take turns.
+    A completion shard that is finished is judged while the next ones are drawn; without `judge.overlap`, two pools take turns.
     """
     with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged:
         lines = Lines(run, drawn, judged)

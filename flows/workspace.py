@@ -130,15 +130,17 @@ class Workspace:
                 say(
                     f"  {stage:<10} {speed['rows_per_second']:.3g} rows/s, {speed['tokens_per_second']:.3g} tokens/s, "
                     f"{100 * speed['cached']:.0f} % of prompt tokens cached, {speed['retries']} retries, {speed['quarantined']} quarantined"
+                    + (f", for {tally.usage.cost:,.2f}" if tally.usage.cost else "")
                 )
         busy = sum(tally.usage.busy_seconds for tally in tallies.values())
         if busy:
-            idle = self.speeds["engines"] = {
+            engines = "engines" if pool is self.generator else "judge engines"
+            idle = self.speeds[engines] = {
                 "idle": max(0.0, 1 - busy / (pool.config.engines * wall.seconds)),
                 "tail": wall.tail / wall.seconds,
                 "seconds": wall.seconds,
             }
-            say(f"  {'engines':<10} idle {100 * idle['idle']:.1f} % of {wall.seconds:.0f} s, tail {100 * idle['tail']:.1f} %")
+            say(f"  {engines:<10} idle {100 * idle['idle']:.1f} % of {wall.seconds:.0f} s, tail {100 * idle['tail']:.1f} %")
 
     def note(self, stage: str, **counts: int) -> None:
         """Remembers and tells what a stage did."""

@@ -62,6 +62,10 @@ class Request:
     grammar: str | None
 
 
+WITHHELD_ROWS = 8
+"""A shard of at least so many answers, all without their thought, is not kept: the endpoint withholds them."""
+
+
 @dataclass(frozen=True)
 class CompletionShard:
     """A unit of work: rows of a part of prompts with the sample numbers wanted of each."""
@@ -131,10 +135,15 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
 async def complete_shard(engine: Engine, shard: CompletionShard) -> Receipt:
     """Draws, splits, gates and writes the completions of a shard. A request that the engine rejects is quarantined.
 
-    Files are read and written in threads: the engine has other shards to go on with.
+    Files are read and written in threads: the engine has other shards to go on with. Raises UserError where an endpoint gives no thoughts.
     """
     prompts = await asyncio.to_thread(_prompts, shard.root, shard.part)
     rows = await asyncio.gather(*(_draw(engine, shard, prompts[row], sample) for row, sample in shard.pairs))
+    if len(rows) >= WITHHELD_ROWS and all(row.get("malformed") == thoughts.WITHHELD for row in rows):
+        raise UserError(
+            f"generate.engine.endpoint: not one of {len(rows)} answers of {shard.model.id} came with its thought, and no row can be made "
+            "of those. Have the server give it as `reasoning_content` (`vllm serve` needs `--reasoning-parser`), or take another model."
+        )
     return await asyncio.to_thread(_write, shard, rows)
 
 

@@ -7,6 +7,7 @@ in temporary files; memory grows by a few dozen bytes a row.
 
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
 from typing import Any, Literal
@@ -25,7 +26,8 @@ SEED = 1
 RECALL = 0.995
 """The chance that a pair exactly at the threshold is compared."""
 NEIGHBOURS = 16
-"""Rows of one bucket that each row is compared with, beside the first: without a bound, a thousand copies are half a million pairs."""
+"""Rows of one bucket that a row is compared with (near-duplicates: beside the first). Without a bound, a thousand copies are half a
+million pairs."""
 MARGIN = 0.2
 """How far under the threshold a sketch's estimate (standard deviation 0.04) may be for a pair to be compared."""
 CHUNK, BLOCK = 1 << 16, 1 << 10
@@ -99,8 +101,9 @@ class Rows:
             self._count += 1
         if self.words:
             found = [[*shingles(row["messages"], self.words)] for row in rows]
-            sketches = np.array(rensa.RMinHash.digests_from_token_sets(found, PERMUTATIONS, SEED), np.uint32)
-            self._sketches.write(sketches.tobytes())
+            sketches = np.array(rensa.RMinHash.digests_from_token_sets(found, PERMUTATIONS, SEED), np.uint32).reshape(-1, PERMUTATIONS)
+            sums = np.array([zlib.crc32(_text(row["messages"]).casefold().encode()) for row in rows], np.uint32)
+            self._sketches.write(np.column_stack([sketches, sums]).tobytes())
 
     def shingles(self, number: int) -> set[str]:
         """The n-grams of a row."""
@@ -109,22 +112,35 @@ class Rows:
     @property
     def sketches(self) -> npt.NDArray[np.uint32]:
         """One sketch a row, on disk."""
+        return self._summed[:, :PERMUTATIONS]
+
+    @property
+    def sums(self) -> npt.NDArray[np.uint64]:
+        """A checksum of each row's text."""
+        return self._summed[:, PERMUTATIONS].astype(np.uint64)
+
+    @property
+    def _summed(self) -> npt.NDArray[np.uint32]:
         self._sketches.flush()
-        shape = (len(self), PERMUTATIONS)
+        shape = (len(self), PERMUTATIONS + 1)
         return np.memmap(self._sketches, np.uint32, "r", shape=shape) if len(self) else np.zeros(shape, np.uint32)
 
 
 def shingles(messages: Sequence[dict[str, Any]], words: int) -> set[str]:
     """The word n-grams of a conversation, without case and punctuation; the whole where it has fewer words."""
-    text = "\n".join(message["content"] for message in messages)
+    text = _text(messages)
     found = _WORD.findall(text.casefold()) or [text]
     return {" ".join(found[start : start + words]) for start in range(max(1, len(found) - words + 1))}
+
+
+def _text(messages: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(message["content"] for message in messages)
 
 
 def pairs_within(rows: Rows, threshold: float) -> list[tuple[int, int, float]]:
     """Pairs of rows that resemble each other, the earlier first, and their similarity; in order."""
     sketches, candidates = rows.sketches, np.zeros(0, np.int64)
-    for keys in _bands(sketches, threshold):
+    for keys in _keys(sketches, band_width(threshold)):
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         first = np.maximum.accumulate(np.where(np.r_[True, ordered[1:] != ordered[:-1]], np.arange(len(ordered)), 0))
@@ -143,10 +159,16 @@ def pairs_within(rows: Rows, threshold: float) -> list[tuple[int, int, float]]:
 
 def pairs_between(rows: Rows, some: Index, others: Rows, references: Index, threshold: float) -> list[tuple[int, int, float]]:
     """Pairs of a row (of `some`) and another (of `references`) that resemble each other, and their similarity; in order."""
-    candidates = np.zeros(0, np.int64)
-    for left, right in zip(_bands(rows.sketches, threshold, some), _bands(others.sketches, threshold, references), strict=True):
+    candidates, rest = np.zeros(0, np.int64), np.uint64(2**20 - 1)
+    copies, width = (rows.sums[some] & rest, others.sums[references] & rest), band_width(threshold)
+    for left, right in zip(_keys(rows.sketches, width, some), _keys(others.sketches, width, references), strict=True):
+        # In a crowded bucket, copies lie side by side, and are compared first.
+        left, right = (left & ~rest) | copies[0], (right & ~rest) | copies[1]
         order = np.argsort(right, kind="stable")
-        start, end = np.searchsorted(right[order], left), np.searchsorted(right[order], left, side="right")
+        ordered = right[order]
+        start, end = np.searchsorted(ordered, left & ~rest), np.searchsorted(ordered, left | rest, side="right")
+        start = np.clip(np.searchsorted(ordered, left), start, np.maximum(start, end - NEIGHBOURS))
+        end = np.minimum(end, start + NEIGHBOURS)
         found = np.repeat(np.arange(len(left)), end - start)
         places = np.arange(len(found)) - np.repeat(np.cumsum(end - start) - (end - start), end - start) + np.repeat(start, end - start)
         candidates = np.union1d(candidates, some[found] * len(others) + references[order[places]])
@@ -154,9 +176,8 @@ def pairs_between(rows: Rows, some: Index, others: Rows, references: Index, thre
     return list(_compared(rows, here, others, there, threshold))
 
 
-def _bands(sketches: npt.NDArray[np.uint32], threshold: float, some: Index | None = None) -> Iterator[npt.NDArray[np.uint64]]:
-    """For each band of the sketches, one number a row; rows at the threshold agree in one of the bands with the chance RECALL."""
-    width = band_width(threshold)
+def _keys(sketches: npt.NDArray[np.uint32], width: int, some: Index | None = None) -> Iterator[npt.NDArray[np.uint64]]:
+    """For each band of so many hashes of the sketches, one number a row; rows that agree in the band have the same."""
     for start in range(0, PERMUTATIONS - width + 1, width):
         keys = np.zeros(len(sketches), np.uint64)
         for begin in range(0, len(sketches), CHUNK):

@@ -1,7 +1,7 @@
 """`specmill gc`: finds the files under a root that no ledger and no manifest names: shards of killed runs, superseded ones, half a dataset.
 
-The only module that lists. It claims the ledgers while it looks, so no run commits what it is about to remove, and it leaves young files
-alone: a training run or a publication under way is named by nothing yet.
+It lists, which no run relies on to know what counts. It claims the ledgers while it looks, so no run commits what it is about to
+remove, and it leaves young files alone: a training run or a publication under way is named by nothing yet.
 """
 
 import time

@@ -99,6 +99,10 @@ class Ledger:
 
         From here on `commit` continues after the last entry seen: what another run commits meanwhile fences this one out.
         """
+        with self._lock:  # the lease is renewed by another thread
+            return self._read()
+
+    def _read(self) -> State:
         state, snapshot = State(), self._newest_snapshot()
         if snapshot:
             content = self.store.read_json(self._snapshot(snapshot), SNAPSHOT) or {"entries": 0}
@@ -122,7 +126,7 @@ class Ledger:
         with self._lock:
             if self._fenced:
                 raise self._fenced
-            state = self._state or self.read()
+            state = self._state or self._read()
             if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
                 content = vars(state) | {"shards": list(map(vars, state.shards.values())), "usage": asdict(state.usage)}
                 self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())

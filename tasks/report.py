@@ -98,7 +98,8 @@ A kept row costs {_cost(manifest)}.
 def _cost(manifest: dict[str, Any]) -> str:
     cost = manifest["cost"]
     seconds, tokens = cost["engine_seconds_per_kept_row"], cost["tokens_per_kept_row"]
-    return f"{seconds:.3g} engine seconds and {tokens:,.0f} drawn tokens, those of the rows that were dropped included"
+    price = f", {cost['price_per_kept_row']:.3g} at the endpoints' prices" if cost["price_per_kept_row"] else ""
+    return f"{seconds:.3g} engine seconds, {tokens:,.0f} drawn tokens{price}; what was spent on rows that were dropped is in it"
 
 
 def _comparison(evaluations: list[Evaluation]) -> str:

@@ -239,6 +239,8 @@ class Store:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise Down(f"{target}: {error.strerror}. Make room and start the same command again.") from error
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise UserError(f"{target}: {error.strerror}. Give this user the right to write there.") from error
                 raise
         elif action == "delete":
             self._trying(lambda: self.fs.rm_file(target), path)

@@ -133,9 +133,10 @@ class Tally:
 
 
 def cost_per_kept(stages: Sequence[tuple[State, int]], kept: int) -> dict[str, float]:
-    """Engine seconds and drawn tokens per kept row. Each stage's rows, dropped ones too, cost what its rows have cost on average."""
+    """Engine seconds, drawn tokens and money per kept row. Each stage's rows, dropped ones too, cost what its rows cost on average."""
     spent = sum((state.usage.scaled(rows / state.made) for state, rows in stages if state.made), Usage())
-    return {"engine_seconds_per_kept_row": spent.busy_seconds / max(1, kept), "tokens_per_kept_row": spent.completion_tokens / max(1, kept)}
+    each = {"engine_seconds": spent.busy_seconds, "tokens": spent.completion_tokens, "price": spent.cost}
+    return {f"{what}_per_kept_row": much / max(1, kept) for what, much in each.items()}
 
 
 @dataclass(frozen=True)

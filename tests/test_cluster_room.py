@@ -88,6 +88,7 @@ def test_an_engine_that_no_machine_has_room_for_is_told_and_not_waited_for(machi
         pool.fleet()
 
 
+@pytest.mark.soak
 def test_an_engine_over_two_cores_draws_what_transformers_does_and_gives_both_back(machines: Any, tiny_model: str) -> None:
     import ray
 

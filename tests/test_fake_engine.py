@@ -12,6 +12,7 @@ import pytest
 from cluster import fake_text, serving
 from cluster.chat import Turn, chat_of
 from cluster.engine import Completion, EngineConfig, EngineDied, FakeConfig, Sampling
+from cluster.errors import SpecmillError
 from cluster.fake_engine import FakeEngine, fake_model
 from cluster.serving import Metered, NotAnswered, Served
 from tasks import thoughts
@@ -101,9 +102,19 @@ def test_what_is_not_answered_is_asked_again_and_counted(short_pauses: None) -> 
     assert metered.usage.prompt_tokens == 4 * draw(engine()).prompt_tokens and metered.usage.completion_tokens == 4 * 8
 
 
-def test_what_is_never_answered_is_given_up() -> None:
-    with pytest.raises(NotAnswered, match=r"2 attempts; the last: .* 500"):
-        run(served(engine(error=1.0), attempts=2).complete(PROMPT, Sampling(1.0, 8, 1)))
+def test_what_fails_while_others_are_answered_is_given_up(short_pauses: None) -> None:
+    metered = served(engine(error=0.97, latency_seconds=0.01), attempts=2)
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*(metered.complete(PROMPT, Sampling(1.0, 8, seed)) for seed in range(50)), return_exceptions=True)
+
+    given_up = [became for became in asyncio.run(all_of_them()) if not isinstance(became, Completion)]
+    assert given_up and all(isinstance(error, NotAnswered) and "the last: the fake engine answered" in str(error) for error in given_up)
+
+
+def test_an_engine_that_answers_nobody_ends_the_run_and_gives_nothing_up(short_pauses: None) -> None:
+    with pytest.raises(SpecmillError, match=r"500.*0\.5 s\. What is made is kept"):
+        run(served(engine(error=1.0), attempts=2, request_seconds=0.5).complete(PROMPT, Sampling(1.0, 8, 1)))
 
 
 def test_an_engine_that_answers_nothing_is_declared_dead() -> None:

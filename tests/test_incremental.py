@@ -144,8 +144,8 @@ def test_an_edit_touches_exactly_what_it_concerns(folder: Path, edit: Callable[[
 def test_the_plan_is_told_in_words(folder: Path) -> None:
     text = describe_plan(*plan(prepare(request(folder, "generate.n=3"))))
     assert "more samples" in text and "prompt tokens" in text and "minutes on 2 engines" in text
-    assert "nothing was made under this root" in describe_plan([], [Estimate("completions", 5, None, 1)])
-    assert "nothing to do" in describe_plan([], [Estimate("completions", 0, None, 1)])
+    assert "nothing was made under this root" in describe_plan([], [Estimate("completions", 5, None, 1)], [])
+    assert "nothing to do" in describe_plan([], [Estimate("completions", 0, None, 1)], [])
 
 
 def test_gc_removes_what_nothing_names_and_nothing_else(folder: Path) -> None:

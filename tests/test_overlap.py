@@ -1,6 +1,7 @@
 """Rows that resemble others: near-duplicates, overlap with evaluation prompts, the command that shows them; real data sets."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import UserError
 from flows.cli import app
+from tasks import duplicates
 from tasks.duplicates import Rows, band_width, pairs_between, pairs_within, shingles
 
 FOX = "the quick brown fox jumps over the lazy dog while the old farmer counts his seven sleepy sheep behind the red barn at dusk"
@@ -86,6 +88,24 @@ def test_pairs_are_those_of_comparing_all():
     assert {pair[:2] for pair in pairs_between(rows, some, rows, references, 0.8)} == {
         (right, left) for left, right in alike if left < 300 <= right
     }
+
+
+def test_copies_are_found_in_a_crowd_without_comparing_everything_with_everything(monkeypatch: pytest.MonkeyPatch):
+    template = " ".join(f"word{number}" for number in range(60))
+    texts = [f"{template} ending {number}" for number in range(600)]
+    compared: list[int] = []
+    estimates = duplicates._estimates
+
+    def counted(left: Any, here: Any, right: Any, there: Any) -> Any:
+        compared.append(len(here))
+        return estimates(left, here, right, there)
+
+    monkeypatch.setattr(duplicates, "_estimates", counted)
+    rows, some = _rows(texts + texts[400:]), np.arange(600, 800)
+    found = pairs_between(rows, some, rows, np.arange(600), 0.8)
+    copies = {(row, other) for row, other, similarity in found if similarity == 1.0}
+    assert copies == {(600 + number, 400 + number) for number in range(200)}
+    assert sum(compared) < 200 * duplicates.NEIGHBOURS * 128 // band_width(0.8)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95, 1.0])

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -154,6 +155,24 @@ def test_a_dead_run_is_taken_over_after_its_lease_and_fenced_out(store: Store):
             dead.commit()
 
 
+def test_a_lease_that_is_renewed_while_the_ledger_is_read_fences_nobody_out(store: Store, monkeypatch: pytest.MonkeyPatch):
+    ledger = Ledger(store, "completions")
+    for _ in range(5):
+        ledger.commit()
+    read = Store.read_json
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.02)
+        return read(*arguments)
+
+    monkeypatch.setattr(Store, "read_json", slowly)
+    with ledger.writing(lease=0.1):
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            ledger.shards()
+    assert ledger.read().entries > 10 and ledger.read().ended
+
+
 def test_a_run_that_is_fenced_out_while_it_has_nothing_to_commit_learns_of_it(store: Store):
     ledger = Ledger(store, "completions")
     with pytest.raises(Conflict), ledger.writing(lease=0.3):
@@ -195,6 +214,16 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(store: Store, monkeypatch:
     with pytest.raises(Down, match="Make room"):
         store.put("a", b"1")
     assert list(Path(store.root).iterdir()) == [], "no part of it is left"
+
+
+@pytest.mark.parametrize("refusal", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
+def test_what_the_user_may_not_write_is_one_line_too(store: Store, monkeypatch: pytest.MonkeyPatch, refusal: int):
+    def refused(*_: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(UserError, match=f"{os.strerror(refusal)}.*the right to write"), Ledger(store, "completions").writing(1.0):
+        pass
 
 
 def test_a_damaged_file_that_nothing_names_is_written_anew(store: Store):

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -44,14 +44,18 @@ def draw(url: str, turns: Sequence[Turn] = TURNS, max_tokens: int = 8, schema: s
     return asyncio.run(main())
 
 
-def draw_many(asked: OpenAIEngine, count: int) -> Metered:
-    """So many completions at the same time, each asked for until it is answered; returns what they cost."""
+def draw_many(asked: OpenAIEngine, count: int, turns: Sequence[Turn] = TURNS, each: Callable[[], None] = lambda: None) -> Metered:
+    """So many completions at the same time, each asked for until it is answered; returns what they cost. Calls `each` after each."""
     metered = Metered(Served(asked, asked.config))
+
+    async def one(seed: int) -> None:
+        await metered.complete(turns, Sampling(1.0, 8, seed))
+        each()
 
     async def main() -> None:
         await asked.start()
         try:
-            await asyncio.gather(*(metered.complete(TURNS, Sampling(1.0, 8, seed)) for seed in range(count)))
+            await asyncio.gather(*map(one, range(count)))
         finally:
             await asked.stop()
 

@@ -1,18 +1,22 @@
 """Run files that name an endpoint: what has to be stated, what may leave this machine, and what is part of a result's identity."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoint_runs import NATIVE, OUTSIDE, outside, run_file
-from provider import VARIABLE
+from provider import VARIABLE, answering, engine, said
 from pydantic import ValidationError
 
 from cluster.engine import EndpointConfig, EngineConfig
 from cluster.errors import UserError
+from cluster.serving import Metered, Served
 from flows.config import load_run
 from flows.plan import describe_plan, plan
 from flows.workspace import prepare
+from tasks.complete import CompletionShard, complete_shard
+from tasks.wanted import Wanted
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_what_an_endpoint_may_not_be_sent_or_cannot_do_is_told_before_anything_s
 def test_the_plan_tells_what_would_leave(tmp_path: Path) -> None:
     told = describe_plan(*plan(prepare(run_file(tmp_path), trains=False)))
     assert "judge: 16 rows would leave this machine for api.example.com: 16 self-harm" in told and "complete: 16 rows would" not in told
-    assert "train: answers to 12 prompts of the rl split would leave this machine for api.example.com: 12 self-harm" in told
+    assert "train: answers to 8 prompts of the rl split would leave this machine for api.example.com: 8 self-harm" in told
     assert "evaluate: answers to 8 prompts of the eval split would leave" in told
     told = describe_plan(*plan(prepare(run_file(tmp_path, generate=NATIVE), trains=False)))
     assert "complete: 16 rows would leave this machine for api.example.com: 16 self-harm" in told
@@ -94,6 +98,27 @@ def test_an_address_is_no_part_of_what_is_computed_but_model_revision_and_schema
         assert all(now != before for now, before in zip(changed, first, strict=True))
     free = identity(structured="none")
     assert free[1] == first[1] and free[2] != first[2]
+
+
+def test_an_endpoint_that_gives_no_thoughts_ends_the_run_before_a_row_is_kept(tmp_path: Path) -> None:
+    with answering(said()) as proxy:
+        served = outside(url=f"{proxy.url}/v1")
+        run = prepare(run_file(tmp_path, generate=NATIVE | {"engine": served}, judge={"engine": served}, sent_to={}), trains=False)
+        part, pairs = next(Wanted.of(run.prompts, "sft", run.requests, n=1, k=1).missing_completions())
+        asked, generate = run.requests[part.category], run.config.generate
+        shard = CompletionShard(run.store.root, run.generator.model, generate, asked, run.gates, part.path, pairs)
+
+        async def main() -> None:
+            client = engine(run.generator.config)
+            await client.start()
+            try:
+                await complete_shard(Metered(Served(client, client.config)), shard)
+            finally:
+                await client.stop()
+
+        with pytest.raises(UserError, match="not one of 16 answers"):
+            asyncio.run(main())
+    assert not (Path(run.store.root) / "completions").exists()
 
 
 def test_the_trained_model_is_not_the_endpoints(tmp_path: Path) -> None:

@@ -117,20 +117,74 @@ def test_a_busy_server_costs_no_row_and_one_that_stays_busy_ends_the_run(monkeyp
             draw_many(engine(config(url, attempts=1, request_seconds=1)), 1)
 
 
-def test_a_request_that_a_server_is_always_too_busy_for_is_given_up_while_others_are_answered() -> None:
-    def answer(request: BaseHTTPRequestHandler) -> None:
-        (failed(503) if b"poison" in proxy.bodies[-1] else said())(request)
+def poisonous(sick: Fault) -> Fault:
+    """A server that answers all requests but those that hold the word `poison`."""
 
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        (sick if b"poison" in request.server.bodies[-1] else said())(request)
+
+    return answer
+
+
+@pytest.mark.parametrize("sick", [failed(500), failed(502), reset], ids=["500", "502", "reset"])
+def test_a_server_that_fails_everybody_costs_no_row_and_one_request_that_it_fails_on_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, sick: Fault
+) -> None:
+    monkeypatch.setattr(serving, "LONGEST_PAUSE", 0.1)
+    with answering(*[sick] * 9, said()) as proxy:
+        assert draw_many(engine(config(proxy.url, attempts=2)), 1).usage.requests >= 1
+    with answering(sick) as proxy, pytest.raises(SpecmillError, match="What is made is kept"):
+        draw_many(engine(config(proxy.url, attempts=2, request_seconds=1)), 2)
+    with answering(poisonous(sick)) as proxy, pytest.raises(NotAnswered, match="3 attempts"):
+        draw_many(engine(config(proxy.url, attempts=2)), 1, turns=[Turn(role="user", content="poison")])
+
+
+def test_what_a_server_refuses_of_everybody_ends_the_run_and_what_it_refuses_of_one_is_that_rows() -> None:
+    with answering(failed(400, "no credit left")) as proxy, pytest.raises(SpecmillError, match=r"no credit left.*one word") as raised:
+        draw_many(engine(config(proxy.url)), 3)
+    assert not isinstance(raised.value, NotAnswered)
+    with answering(poisonous(failed(400, "too long"))) as proxy, pytest.raises(ValueError, match="too long"):
+        draw_many(engine(config(proxy.url)), 1, turns=[Turn(role="user", content="poison")])
+
+
+def test_time_that_a_request_waits_for_its_turn_is_not_the_servers() -> None:
+    def slow(request: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.2)
+        said()(request)
+
+    with answering(slow) as proxy:
+        usage = draw_many(engine(config(proxy.url, max_num_seqs=1, request_seconds=0.6)), 8).usage
+    assert usage.requests == 8 and usage.retries == 0 and len(proxy.arrived) == 8
+
+
+def test_answers_that_come_too_late_lower_the_number_of_requests_at_a_time() -> None:
+    late = [True] * 4
+
+    def slow(request: BaseHTTPRequestHandler) -> None:
+        if late:
+            late.pop()
+            time.sleep(1)
+        said()(request)
+
+    with answering(slow) as proxy:
+        asked = engine(config(proxy.url, max_num_seqs=4, request_seconds=0.3, attempts=9))
+        assert asked.limit.allowed == 4
+        allowed = []
+        draw_many(asked, 4, each=lambda: allowed.append(asked.limit.allowed))
+    assert min(allowed) <= 2
+
+
+def test_a_request_that_a_server_is_always_too_busy_for_is_given_up_while_others_are_answered() -> None:
     async def main() -> None:
         asked = engine(config(proxy.url, max_num_seqs=1, request_seconds=0.5))
         await asked.start()
         metered = Metered(Served(asked, asked.config))
-        poisonous = asyncio.ensure_future(metered.complete([Turn(role="user", content="poison")], Sampling(1.0, 8, 1)))
-        while not poisonous.done():
+        refused = asyncio.ensure_future(metered.complete([Turn(role="user", content="poison")], Sampling(1.0, 8, 1)))
+        while not refused.done():
             await metered.complete(TURNS, Sampling(1.0, 8, 1))
         with pytest.raises(NotAnswered, match="503"):
-            poisonous.result()
+            refused.result()
         await asked.stop()
 
-    with answering(answer) as proxy:
+    with answering(poisonous(failed(503))) as proxy:
         asyncio.run(main())

@@ -11,20 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import pytest
 from ray import cloudpickle
 
 from cluster.chat import Turn
-from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
-from cluster.errors import SpecmillError
-from cluster.fleet import Fleet, Stage
+from cluster.engine import EndpointConfig, Engine, EngineConfig, FakeConfig, Sampling
+from cluster.errors import SpecmillError, UserError
+from cluster.fleet import EngineActor, Fleet, Stage
 from cluster.pool import Pool
 from cluster.serving import NotAnswered
 
 pytestmark = pytest.mark.slow
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
 
-POISON = "xyzzy"
+POISON, GREEDY = "xyzzy", "a greedy text"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ async def echo(engine: Engine, shard: Texts) -> list[tuple[str, str]]:
         return text, drawn.text
 
     return list(await asyncio.gather(*map(one, shard.texts)))
+
+
+async def greedy_echo(engine: Engine, shard: Texts) -> list[tuple[str, str]]:
+    """Like `echo`, but one text takes memory until somebody stops it."""
+    taken: list[bytes] = []
+    while GREEDY in shard.texts:
+        taken.append(os.urandom(2**26))
+        await asyncio.sleep(0.01)
+    return await echo(engine, shard)
 
 
 async def process_id(engine: Engine, shard: None) -> int:
@@ -110,6 +120,31 @@ def test_a_work_that_one_engine_could_take_is_shared_by_those_that_start_togethe
     with Pool(EngineConfig(backend="fake", engines=2, max_num_seqs=64)) as pool:
         processes = [done.result for done in pool.map(Stage(process_id, size=lambda _: 1), [None] * 8)]
     assert sorted(processes.count(process) for process in set(processes)) == [4, 4]
+
+
+def test_an_engine_that_does_not_start_is_left_out_as_long_as_there_is_another(ray: None) -> None:
+    from ray import remote
+
+    endpoint = EndpointConfig(url="https://example.com/v1", key_variable="NOT_SET")
+    closed = EngineConfig(backend="openai", model="big", revision="unversioned", endpoint=endpoint)
+    with Pool(EngineConfig(backend="fake", max_num_seqs=16)) as pool:
+        without_key = remote(EngineActor).options(num_cpus=0, max_restarts=-1).remote(pool.model, closed, 1, False)
+        done = list(Fleet([*pool.fleet().actors, without_key], 16).map(ECHO, [Texts((text,)) for text in TEXTS]))
+        assert len(done) == len(TEXTS)
+        with pytest.raises(UserError, match="NOT_SET"):
+            list(Fleet([without_key], 16).map(ECHO, [Texts(("text",))]))
+
+
+@pytest.mark.soak  # Ray watches the memory of the whole machine, so nothing else may run beside it
+def test_a_prompt_that_takes_all_memory_is_found_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.session import ray_session
+
+    memory = psutil.virtual_memory()
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{memory.percent / 100 + 3 * 2**30 / memory.total:.3f}")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    with ray_session():
+        rows, _ = echoed(["a text", GREEDY, "another text"], engines=1, stage=replace(ECHO, run=greedy_echo), shard=3)
+    assert [text for text, became in rows.items() if became.startswith("given up")] == [GREEDY]
 
 
 def test_requests_that_are_not_answered_are_asked_again(ray: None) -> None:

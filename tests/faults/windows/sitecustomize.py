@@ -44,6 +44,12 @@ def strike(target):
     if target == "engine":
         (FOLDER / "engine dies").touch()
         return
+    if target == "child":
+        for actor in sorted((FOLDER / "actors").iterdir()):
+            for child in children(actor.name):
+                os.kill(child, signal.SIGKILL)
+                return
+        raise AssertionError("no engine runs as a child of its actor")
     if target == "actor":
         mine = FOLDER / "actors" / str(os.getpid())
         victims = [mine] if mine.exists() else sorted((FOLDER / "actors").iterdir())
@@ -64,6 +70,14 @@ def strike(target):
             assert time.monotonic() < deadline
             time.sleep(0.2)
     time.sleep(1 if target == "driver" else 0)
+
+
+def children(parent):
+    """Process ids of the children of a process, if it lives."""
+    try:
+        return [int(child) for task in Path(f"/proc/{parent}/task").iterdir() for child in (task / "children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 def patch_store(module):

@@ -1,0 +1,192 @@
+"""Runs whose driver, engines or node are killed in the windows before and after a durable write, and what has to be there in the end.
+
+Ray, its processes and nodes are real; the engines are fake, and fast. `windows/sitecustomize.py` kills.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.config import RunRequest
+from flows.inspect import problems
+from flows.workspace import prepare, survey
+from tasks import ledger
+from tasks.garbage import garbage
+from tasks.ledger import Ledger
+from tasks.store import Store
+from tasks.wanted import NOT_JUDGED
+
+SPECS = Path(__file__).parent.parent.parent / "specs"
+CATEGORIES = ("violence", "self-harm")
+TARGETS = ("driver", "actor", "engine", "node")
+BEFORE_ENGINES = ("probe", "prompts")
+"""Sites that are passed before there is an engine that could be killed."""
+LIVES = 80
+"""More runs than there are windows."""
+LONGEST_SECONDS = 300
+FAKE = {"backend": "fake", "engines": 2, "max_num_seqs": 4, "fake": {"latency_seconds": 0.01}}
+HEALTH_CHECKS = {"health_check_period_ms": 300, "health_check_initial_delay_ms": 1000}
+"""Ray notices the death of a node after five checks that fail at once: 1.5 s instead of 15. One that is merely slow fails none."""
+
+
+class Place:
+    """A folder with policy, prompts, run file and, unless it lies elsewhere, root, and what the windows look into."""
+
+    def __init__(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE) -> None:
+        self.folder, self.root, self.windows = folder, root or str(folder / "root"), folder / "windows"
+        for name in ("todo", "done", "seen", "actors"):
+            (self.windows / name).mkdir(parents=True)
+        (self.windows / "target").write_text("nobody")
+        shutil.copytree(SPECS / "policies" / "base", folder / "policy")
+        (folder / "prompts").mkdir()
+        for name in CATEGORIES:
+            shutil.copy(SPECS / "prompts" / f"{name}.jsonl", folder / "prompts")
+        content = {
+            "version": 1,
+            "name": "kills",
+            "root": self.root,
+            "lease_seconds": 0.3,
+            "policy": "policy",
+            "prompts": "prompts",
+            "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800, "shard_rows": 2},
+            "judge": {"engine": engine, "k": 2, "sequential": False},
+            "select": {"threshold": 1},
+        }
+        (folder / "run.yaml").write_text(yaml.safe_dump(content))
+
+    @property
+    def store(self) -> Store:
+        return Store(self.root)
+
+    def names(self, kind: str) -> set[str]:
+        return {file.name for file in (self.windows / kind).iterdir()}
+
+    def request(self, *changes: str) -> RunRequest:
+        return RunRequest(file=str(self.folder / "run.yaml"), changes=list(changes))
+
+
+def life(folder: str, changes: tuple[str, ...]) -> None:
+    """One run of the driver: the steps of the flow, one after the other, without Prefect."""
+    from flows.steps import complete_and_judge_step, select_step
+    from flows.workspace import opened
+
+    ledger.SNAPSHOT_ENTRIES = 4
+    (Path(folder) / "windows" / "driver").write_text(str(os.getpid()))
+    with opened(RunRequest(file=f"{folder}/run.yaml", changes=list(changes)), trains=False) as run:
+        complete_and_judge_step.fn(run)
+        (Path(folder) / "dataset").write_text(select_step.fn(run).version)
+
+
+def collection(folder: str, _: tuple[str, ...]) -> None:
+    """One run of gc."""
+    ledger.SNAPSHOT_ENTRIES = 4
+    (Path(folder) / "windows" / "driver").write_text(str(os.getpid()))
+    store = Store(yaml.safe_load((Path(folder) / "run.yaml").read_text())["root"])
+    for file in garbage(store, older_than=0, lease=0.3):
+        store.delete(file.path)
+
+
+class Lives:
+    """Starts drivers, each a process of its own that is forked from one which has imported everything; keeps a node for engines alive."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.current = folder / "current"
+        windows = str(Path(__file__).parent / "windows")
+        os.environ["SPECMILL_WINDOWS"] = str(self.current)
+        os.environ["PYTHONPATH"] = os.pathsep.join([windows, os.environ.get("PYTHONPATH", "")])
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        os.environ["RAY_ADDRESS"] = self.cluster.address
+        self.node: Any = None
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["flows.steps", "flows.workspace", "sitecustomize"])
+
+    def place(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE) -> Place:
+        """A new place, at which the windows look from now on."""
+        place = Place(folder, root, engine)
+        self.current.unlink(missing_ok=True)
+        self.current.symlink_to(place.windows)
+        self._keep_node()
+        return place
+
+    def run(self, place: Place, *changes: str, target: Any = life) -> int:
+        """Runs a driver to its end; returns its exit code, negative if it was killed."""
+        process = self.context.Process(target=target, args=(str(place.folder), changes))
+        process.start()
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while process.is_alive():
+            self._keep_node()
+            process.join(0.2)
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail("the driver hangs")
+        assert process.exitcode is not None
+        return process.exitcode
+
+    def _keep_node(self) -> None:
+        """Starts a node where there is none, and tells the windows."""
+        if self.node and self.node.all_processes["raylet"][0].process.poll() is not None:
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            self.node = None
+        if self.node is None:
+            self.node = self.cluster.add_node(num_cpus=8)
+        (self.current / "new").write_text(str(self.node.all_processes["raylet"][0].process.pid))
+        os.rename(self.current / "new", self.current / "node")
+
+
+def check(place: Place, *changes: str) -> None:
+    """Everything that is wanted is there once, belongs to one shard, and balances; gc leaves nothing that is not named."""
+    store = place.store
+    assert problems(place.root)[0] == []
+    run = prepare(place.request(*changes), trains=False)
+    wanted, lost = survey(run, Ledger(store, "completions"), Ledger(store, "judgements"))
+    assert lost == ([], []) and wanted.made.all()
+    assert ((wanted.scores != NOT_JUDGED).all(axis=1) == wanted.passed).all()
+    keys = Counter(key for shard in Ledger(store, "completions").shards() for key in store.read_table(shard.path)["key"].to_pylist())
+    assert set(keys.values()) == {1}
+    for file in list(garbage(store, older_than=0, lease=0.3)):
+        store.delete(file.path)
+    assert list(garbage(store, older_than=0, lease=0.3)) == [] and problems(place.root)[0] == []
+
+
+def chain(
+    lives: Lives, place: Place, target: str, windows: set[str], *changes: str, what: Any = life, from_the_first: bool = False
+) -> list[int]:
+    """Runs, killed in one window after the other, until one reaches its end; returns the exit codes.
+
+    The second and all later ones are started with the changes, the first only if told.
+    """
+    for window in windows:
+        (place.windows / "todo" / window).touch()
+    (place.windows / "target").write_text(target)
+    codes = []
+    while len(codes) < LIVES:
+        codes.append(lives.run(place, *(changes if codes or from_the_first else ()), target=what))
+        if codes[-1] == 0:
+            return codes
+        assert codes[-1] == -signal.SIGKILL, "a run ends well or is killed"
+        if place.store.exists("completions/ledger/00000000.json"):
+            assert problems(place.root)[0] == [], place.names("done")
+    raise AssertionError(f"{LIVES} runs were not enough; left: {place.names('todo')}")
+
+
+def reached(undisturbed: Place, target: str) -> set[str]:
+    """Windows in which the target can be killed."""
+    windows = undisturbed.names("seen")
+    return windows if target == "driver" else {name for name in windows if not any(site in name for site in BEFORE_ENGINES)}
+
+
+def edit_clause(place: Place) -> str:
+    file = place.folder / "policy" / "violence.yaml"
+    file.write_text(file.read_text().replace("text: ", "text: In all cases, ", 1))
+    return "name=edited"
