@@ -42,7 +42,7 @@ scale: setup ## how far one driver reaches: a million prompts through fake engin
 	.venv/bin/python tests/benchmarks/feeding.py
 	.venv/bin/python tests/benchmarks/scale.py
 
-bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and datatrove: one table, half an hour on a quiet machine
+bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and datatrove: one table, an hour on a quiet machine
 	@mkdir -p build
 	.venv/bin/python tests/benchmarks/report.py > build/bench.md
 	for script in raw_vllm ray_data_llm peers; do .venv/bin/python tests/benchmarks/$$script.py >> build/bench.md; done

@@ -3,8 +3,8 @@
     python tests/benchmarks/scale.py --prompts 1000000
 
 Runs a tenth of the prompts and then all of them, each in a driver of its own on one Ray, and prints rows per second, the driver's memory
-at its peak, what a key costs of it, and how long it takes to find out and make the last thousand when all others are there. Then a fiftieth
-of them on S3 (SeaweedFS on loopback), to count the requests that a row takes.
+at its peak after each part, what a key costs of it, and how long it takes to find out and make some thousand completions when all others
+are there. Then a fiftieth of them on S3 (SeaweedFS on loopback), to count the requests that a row takes.
 """
 
 import argparse
@@ -25,8 +25,9 @@ import fsspec
 import yaml
 
 SPECS = Path(__file__).parent.parent.parent / "specs"
-ADDED = 1000
-"""Prompts that are new when the run is started again."""
+LOST = 1000
+"""Completions, at least, that are gone when the run is started again."""
+PARTS = ("read", "plan", "make", "select")
 JUDGE_RUNS = 3
 
 
@@ -70,26 +71,37 @@ def drive(file: str) -> dict[str, Any]:
     from flows.workspace import opened, survey
     from tasks.ledger import Ledger
 
-    started = time.monotonic()
+    times, peaks = [time.monotonic()], []
+
+    def part_ended() -> None:
+        times.append(time.monotonic())
+        peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
     with opened(RunRequest(file=file), trains=False) as run:
-        read = time.monotonic()
+        part_ended()
         wanted, _ = survey(run, Ledger(run.store, "completions"), Ledger(run.store, "judgements"))
-        planned = time.monotonic()
         missing = int((~wanted.made).sum())
         del wanted
+        part_ended()
         complete_and_judge_step.fn(run)
-        made = time.monotonic()
+        part_ended()
         dataset = select_step.fn(run)
-        selected = time.monotonic()
-    return {
-        "prompts": dataset.manifest["balance"]["completions"],
-        "made": missing,
-        "read": read - started,
-        "plan": planned - read,
-        "make": made - planned,
-        "select": selected - made,
-        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }
+        part_ended()
+    seconds = {part: end - start for part, start, end in zip(PARTS, times[:-1], times[1:], strict=True)}
+    return {"prompts": dataset.manifest["balance"]["completions"], "made": missing, "seconds": seconds, "peaks": peaks}
+
+
+def lose(root: str) -> None:
+    """Removes files of completions, as a disk might; the next run draws them again."""
+    from tasks.ledger import Ledger
+    from tasks.store import Store
+
+    store, gone = Store(root), 0
+    for shard in Ledger(store, "completions").shards():
+        if gone >= LOST:
+            return
+        store.delete(shard.path)
+        gone += shard.rows
 
 
 def s3_requests(folder: Path, prompts: int, engines: int) -> None:
@@ -147,19 +159,20 @@ def scale(prompts: int, engines: int) -> None:
             shutil.rmtree(folder / "root", ignore_errors=True)
             write_prompts(folder / "prompts" / "prompts.jsonl", 0, count)
             results.append(result := measured(folder))
-            rows = result["made"] * (1 + JUDGE_RUNS)
-            total = sum(result[part] for part in ("read", "plan", "make", "select"))
-            parts = ", ".join(f"{part} {result[part]:.0f} s" for part in ("read", "plan", "make", "select"))
-            print(f"{count:,} prompts, {rows:,} rows: {rows / total:,.0f} rows/s ({parts}), driver {result['memory'] / 2**20:,.0f} MiB")
+            rows, total = result["made"] * (1 + JUDGE_RUNS), sum(result["seconds"].values())
+            print(f"{count:,} prompts, {rows:,} rows: {rows / total:,.0f} rows/s ({told(result)})")
         small, large = results
         keys = (large["prompts"] - small["prompts"]) * (1 + JUDGE_RUNS)
-        print(f"memory of the driver per key: {(large['memory'] - small['memory']) / keys:.1f} bytes")
-        write_prompts(folder / "prompts" / "more.jsonl", prompts, prompts + ADDED)
+        print(f"memory of the driver per key: {(large['peaks'][-1] - small['peaks'][-1]) / keys:.1f} bytes")
+        lose(str(folder / "root"))
         again = measured(folder)
-        print(
-            f"all but {again['made']:,} there: prompts read in {again['read']:.0f} s, planned in {again['plan']:.0f} s, "
-            f"made in {again['make']:.0f} s, selected in {again['select']:.0f} s"
-        )
+        print(f"all but {again['made']:,} completions there: {told(again)}")
+
+
+def told(result: dict[str, Any]) -> str:
+    """Seconds of each part, and the driver's memory at its peak until then."""
+    peaks = zip(result["seconds"].items(), result["peaks"], strict=True)
+    return ", ".join(f"{part} {seconds:.0f} s, {peak / 2**20:,.0f} MiB" for (part, seconds), peak in peaks)
 
 
 if __name__ == "__main__":
