@@ -74,14 +74,15 @@ class Served:
                 now, busy = time.monotonic(), isinstance(error, Busy)
                 since, failed = since or now, failed + (not busy)
                 reason, over = str(error) or "out of memory", now - since >= self.config.request_seconds
-                if failed >= self.config.attempts:
-                    if lives or self._given_at > asked:
-                        raise NotAnswered(f"no answer in {failed} attempts; the last: {reason}") from None
+                others, spent = self._given_at > (since if busy else asked), failed >= self.config.attempts
+                if (spent or (busy and over)) and (lives or others):
+                    raise NotAnswered(f"no answer in {tries + 1} attempts; the last: {reason}") from None
+                if (spent or over) and not others:
                     lives = await self._answers(sampling, usage, asked)
                     failed = failed if lives else 0  # they were the engine's fault
-                if over and not lives:
-                    told = f"{reason}, and has been for {self.config.request_seconds:g} s"
-                    raise (NotAnswered(told) if self._given_at > since else SpecmillError(f"{told}. What is made is kept.")) from None
+                    if over and not lives:
+                        told = f"{reason}, and nobody has been answered for {self.config.request_seconds:g} s"
+                        raise SpecmillError(f"{told}. What is made is kept.") from None
                 pause = error.pause if isinstance(error, Busy) else 0.0
             except ValueError as error:
                 if not await self._answers(sampling, usage, 0.0):

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,21 @@ def test_what_fails_while_others_are_answered_is_given_up(short_pauses: None) ->
 
     given_up = [became for became in asyncio.run(all_of_them()) if not isinstance(became, Completion)]
     assert given_up and all(isinstance(error, NotAnswered) and "the last: the fake engine answered" in str(error) for error in given_up)
+
+
+def test_a_request_that_hangs_alone_is_given_up_by_an_engine_that_answers_others(short_pauses: None) -> None:
+    class Selective(FakeEngine):
+        """Never answers one prompt."""
+
+        async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
+            if turns == PROMPT:
+                await asyncio.Event().wait()
+            return await super().complete(turns, sampling)
+
+    plain = engine()
+    metered = served(Selective(fake_model(plain.config), plain.config), attempts=2, request_seconds=0.3, stuck_seconds=60)
+    with pytest.raises(NotAnswered, match=r"3 attempts; the last: not answered in 0\.3 s"):
+        run(metered.complete(PROMPT, Sampling(1.0, 8, 1)))
 
 
 def test_an_engine_that_answers_nobody_ends_the_run_and_gives_nothing_up(short_pauses: None) -> None:
