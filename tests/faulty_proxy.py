@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 def faulty_proxy(port: int, faults: dict[str, Fault], share: float = 0.0, lost: float = 0.0) -> Iterator[Proxy]:
     """A proxy in front of a server on loopback."""
     proxy = Proxy(port, faults, share, lost)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()  # so often it looks whether it is to stop
     try:
         yield proxy
     finally:

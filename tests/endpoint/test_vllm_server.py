@@ -152,7 +152,7 @@ def complete_and_judge(request: RunRequest) -> tuple[Workspace, list[dict[str, A
 
 
 def test_an_endpoint_judges_and_generates_in_a_run(server: int, ray: None, tmp_path: Path) -> None:
-    """It judges what a fake engine drew; its own completions come without a thought, which drops each of them."""
+    """It judges what a fake engine drew; its own completions come without a thought, so that no row can be made of them."""
     prices = {"prompt_price": 1.0, "completion_price": 5.0}
     with faulty_proxy(server, {"503": failed(503), "reset": reset}, share=0.1) as proxy:
         served = config(proxy.url, max_num_seqs=8, attempts=20, **prices).model_dump(mode="json")
@@ -168,8 +168,8 @@ def test_an_endpoint_judges_and_generates_in_a_run(server: int, ray: None, tmp_p
 
         generate = {"engine": served, "thought_format": "native", "n": 1, "max_tokens": 16}
         request = run_file(tmp_path, generate=generate, judge=judge, sent_to={}, root=str(tmp_path / "other"))
-        _, drawn, judged = complete_and_judge(request)
-        assert len(drawn) == 16 and judged == []
-        assert {row["malformed"] for row in drawn} == {thoughts.WITHHELD} and all(row["drop_reason"] for row in drawn)
+        with pytest.raises(UserError, match=r"not one of \d+ answers of tiny came with its thought"):
+            complete_and_judge(request)
+        assert not (tmp_path / "other" / "completions" / "shards").exists()
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) > 5 and not any(KEY.encode() in content for content in written), "the key is in no file"
