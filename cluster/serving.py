@@ -85,7 +85,7 @@ class Served:
                         raise SpecmillError(f"{told}. What is made is kept.") from None
                 pause = error.pause if isinstance(error, Busy) else 0.0
             except ValueError as error:
-                if not await self._answers(sampling, usage, 0.0):
+                if not await self._answers(sampling, usage, asked - LONGEST_PAUSE):
                     raise SpecmillError(f"{error}. A request of one word is not answered either. What is made is kept.") from None
                 raise
             else:

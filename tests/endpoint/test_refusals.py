@@ -139,10 +139,25 @@ def test_a_server_that_fails_everybody_costs_no_row_and_one_request_that_it_fail
         draw_many(engine(config(proxy.url, attempts=2)), 1, turns=[Turn(role="user", content="poison")])
 
 
-def test_what_a_server_refuses_of_everybody_ends_the_run_and_what_it_refuses_of_one_is_that_rows() -> None:
+def test_what_a_server_refuses_of_everybody_ends_the_run_and_what_it_refuses_of_one_is_that_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LONGEST_PAUSE", 0.1)
     with answering(failed(400, "no credit left")) as proxy, pytest.raises(SpecmillError, match=r"no credit left.*one word") as raised:
         draw_many(engine(config(proxy.url)), 3)
     assert not isinstance(raised.value, NotAnswered)
+
+    async def first_one_then_another() -> None:
+        asked = engine(config(proxy.url))
+        await asked.start()
+        metered = Metered(Served(asked, asked.config))
+        try:
+            await metered.complete(TURNS, Sampling(1.0, 8, 1))
+            await asyncio.sleep(0.2)
+            await metered.complete(TURNS, Sampling(1.0, 8, 2))
+        finally:
+            await asked.stop()
+
+    with answering(said(), failed(400, "no credit left")) as proxy, pytest.raises(SpecmillError, match="no credit left"):
+        asyncio.run(first_one_then_another())
     with answering(poisonous(failed(400, "too long"))) as proxy, pytest.raises(ValueError, match="too long"):
         draw_many(engine(config(proxy.url)), 1, turns=[Turn(role="user", content="poison")])
 
