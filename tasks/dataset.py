@@ -16,7 +16,6 @@ import pyarrow as pa
 from cluster.errors import SpecmillError
 from tasks import tables
 from tasks.keys import digest
-from tasks.keyset import column_keys
 from tasks.ledger import Ledger
 from tasks.manifest import DATASET
 from tasks.prompt_set import PromptSet
@@ -67,7 +66,7 @@ def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: 
 
     Rows pass through memory file by file. Their order is that of the prompts and samples.
     """
-    rows = _content(store, wanted, found)
+    rows = _content(wanted, found)
     version = digest([rows, {key: value for key, value in provenance.items() if key != "code"}])[:12]
     path = f"datasets/{name}/{version}"
     versions = Ledger(store, f"datasets/{name}")
@@ -117,13 +116,13 @@ def _newest(versions: Ledger) -> str | None:
     return published[-1].path.split("/")[-2] if published else None
 
 
-def _content(store: Store, wanted: Wanted, found: Candidates) -> str:
+def _content(wanted: Wanted, found: Candidates) -> str:
     """Hash of all rows and of what became of them."""
     content = hashlib.sha256()
     for _, index in wanted.by_part():
         content.update(wanted.keys[index].tobytes())
         content.update(found.scores[index].tobytes())
-        content.update(column_keys(wanted.rows(store, index, ["content"])["content"]).tobytes())
+        content.update(wanted.content[index].tobytes())
         content.update("\n".join(found.reasons[number] or "kept" for number in found.reason[index]).encode())
     return content.hexdigest()
 

@@ -8,6 +8,7 @@ in temporary files; memory grows by a few dozen bytes a row.
 import re
 import tempfile
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
 from typing import Any, Literal
@@ -71,11 +72,10 @@ class Rows:
     def __init__(self, words: int | None) -> None:
         self.words = words
         self._rows, self._sketches = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (gone with the object)
-        self._ends = np.zeros(1024, np.int64)
-        self._count = 0
+        self._ends = array("q")
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ends)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return next(self._read(number, number + 1))
@@ -85,8 +85,8 @@ class Rows:
             yield from self._read(start, min(start + BLOCK, len(self)))
 
     def _read(self, start: int, end: int) -> Iterator[dict[str, Any]]:
-        begin = self._rows.seek(int(self._ends[start - 1]) if start else 0)
-        borders = [begin, *self._ends[start:end].tolist()]
+        begin = self._rows.seek(self._ends[start - 1] if start else 0)
+        borders = [begin, *self._ends[start:end]]
         content = self._rows.read(borders[-1] - begin)
         return (from_json(content[here - begin : there - begin]) for here, there in pairwise(borders))
 
@@ -95,10 +95,7 @@ class Rows:
         end = self._rows.seek(0, 2)
         for row in rows:
             end += self._rows.write(to_json(row))
-            if self._count == len(self._ends):
-                self._ends = np.concatenate([self._ends, np.zeros_like(self._ends)])
-            self._ends[self._count] = end
-            self._count += 1
+            self._ends.append(end)
         if self.words:
             found = [[*shingles(row["messages"], self.words)] for row in rows]
             sketches = np.array(rensa.RMinHash.digests_from_token_sets(found, PERMUTATIONS, SEED), np.uint32).reshape(-1, PERMUTATIONS)

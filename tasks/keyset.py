@@ -44,7 +44,10 @@ class KeySet:
         fresh &= ~self.holds(keys)
         self._runs.append(np.sort(keys[fresh]))
         while len(self._runs) > 1 and 2 * len(self._runs[-1]) > len(self._runs[-2]):
-            self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]))]
+            last, run = self._runs.pop(), self._runs[-1]
+            run.resize(len(run) + len(last), refcheck=False)  # a joined copy would take the memory of both for a moment
+            run[-len(last) :] = last
+            run.sort()
         return fresh
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:

@@ -104,7 +104,6 @@ class PromptsManifest(Manifest):
     counts: _Counts
     parts: list[_Part]
     capability: list[str]
-    reserved: list[str]
     quarantined: list[_Quarantined]
     reasons: dict[str, _Reason]
     overlap: _Overlap

@@ -13,7 +13,7 @@ from cluster.errors import SpecmillError, UserError
 from tasks import tables
 from tasks.admission import Admission, Overlap, split_of
 from tasks.policy import Policy
-from tasks.prompts import SPLIT_SHARES, named_split
+from tasks.prompts import SPLIT_SHARES
 from tasks.store import Shard, Store
 
 PART_ROWS = 1024
@@ -43,6 +43,7 @@ class _Writer:
     def __init__(self, store: Store, path: str, admission: Admission) -> None:
         self.store, self.path, self.admission = store, path, admission
         self.files: dict[str, list[Shard]] = defaultdict(list)
+        self.splits: dict[str, Counter[str]] = {}
         self.waiting: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.shown: list[dict[str, Any]] = []
         self.reasons: dict[str, dict[str, Any]] = {}
@@ -66,7 +67,7 @@ class _Writer:
         kind = "prompts" if "group" in row else "capability"
         self.counts[file][kind] += 1
         if kind == "prompts":
-            row["split"] = row["split"] or named_split(row["group"])
+            row["split"] = split_of(row, self.admission.reserved)
         self.hash.update(to_json(row))
         self.write(row.get("category", kind), row)
 
@@ -93,10 +94,7 @@ class _Writer:
         parts = []
         for category in policy.categories:
             for shard in self.files.pop(category, []):
-                splits = Counter(
-                    split_of(row, self.admission.reserved) for row in self.store.read_table(shard.path, ["group", "split"]).to_pylist()
-                )
-                counted = {split: splits[split] for split in SPLIT_SHARES}
+                counted = {split: self.splits[shard.path][split] for split in SPLIT_SHARES}
                 parts.append({"path": self._inside(shard.path), "category": category, "rows": shard.rows, "splits": counted})
                 self.files["prompts"].append(shard)
         files = [asdict(shard) | {"path": self._inside(shard.path)} for shards in self.files.values() for shard in shards]
@@ -111,7 +109,6 @@ class _Writer:
             "counts": counts,
             "parts": parts,
             "capability": [self._inside(shard.path) for shard in self.files["capability"]],
-            "reserved": sorted(self.admission.reserved),
             "quarantined": self.shown,
             "reasons": self.reasons,
             "overlap": {
@@ -124,7 +121,10 @@ class _Writer:
 
     def _flush(self, kind: str) -> None:
         table = pa.Table.from_pylist(self.waiting.pop(kind), schema=SCHEMAS.get(kind, tables.PROMPTS))
-        self.files[kind].append(self.store.put_table(f"{self.path}/{kind if kind in SCHEMAS else 'parts'}", table))
+        shard = self.store.put_table(f"{self.path}/{kind if kind in SCHEMAS else 'parts'}", table)
+        self.files[kind].append(shard)
+        if kind not in SCHEMAS:
+            self.splits[shard.path] = Counter(table["split"].to_pylist())
 
     def _inside(self, path: str) -> str:
         return path.removeprefix(f"{self.path}/")

@@ -25,9 +25,9 @@ from tasks.policy import Policy
 from tasks.prompt_parts import write_parts
 from tasks.prompts import CapabilityRow, Prompt, Split, read_rows
 from tasks.sources import Source, source_files
-from tasks.store import Store
+from tasks.store import Corrupt, Store
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,19 @@ class PromptSet:
         return sum(part.splits[split] for part in self.parts)
 
     def tables(self, split: Split, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Number of each part that has prompts of a split, and some columns of these, with `row`, where each is in the part."""
+        """Number of each part that has prompts of a split, and some columns of these, with `row`, where each is in the part.
+
+        Raises Corrupt when a part does not hold as many as the manifest says.
+        """
         numbers = [number for number, part in enumerate(self.parts) if part.splits[split]]
-        paths, columns = [self.parts[number].path for number in numbers], list(dict.fromkeys([*columns, "group", "split"]))
-        reserved = pa.array(self.manifest["reserved"], pa.string())
+        paths, columns = [self.parts[number].path for number in numbers], list(dict.fromkeys([*columns, "split"]))
         for number, path, found in zip(numbers, paths, self.store.read_tables(paths, columns), strict=True):
             table = self.store.read_table(path, columns) if found is None else found  # says that the part is gone
             table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int32)))
-            splits = pc.if_else(pc.is_in(table["group"], value_set=reserved), "eval", table["split"])
-            yield number, table.set_column(table.column_names.index("split"), "split", splits).filter(pc.equal(splits, split))
+            table = table.filter(pc.equal(table["split"], split))
+            if table.num_rows != self.parts[number].splits[split]:
+                raise Corrupt(f"{path}: {table.num_rows} prompts of the split {split!r}, not {self.parts[number].splits[split]}")
+            yield number, table
 
     def prompts(self, split: Split) -> Iterator[Prompt]:
         """The prompts of a split, one after the other."""

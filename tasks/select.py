@@ -40,7 +40,7 @@ class Candidates:
     categories: list[str]
     category: npt.NDArray[np.uint8]
     verdict: npt.NDArray[np.uint8]
-    prompt: npt.NDArray[np.uint64]
+    prompt: npt.NDArray[np.uint32]
     sample: npt.NDArray[np.uint16]
     scores: npt.NDArray[np.int8]
     reason: npt.NDArray[np.uint8]
@@ -65,28 +65,31 @@ class Candidates:
 
 def select(found: Candidates, config: SelectConfig) -> None:
     """Takes out what is not kept, each completion for one reason."""
-    limit = np.array([config.limit(name) for name in found.categories], np.int8)[found.category]
-    found.drop(found.kept & ((found.scores > 0) & (found.scores < limit[:, None])).any(axis=1), "below_threshold")
-    score = found.score
-    found.drop(found.kept & (score == 0), "judgement_missing")
-    left = np.flatnonzero(found.kept)
-    ranked = left[np.lexsort((left, found.sample[left], -score[left]))]
     per_prompt = np.zeros(int(found.prompt.max(initial=0)) + 1, np.uint16)
-    per_category: Counter[int] = Counter()
-    per_verdict: Counter[tuple[int, int]] = Counter()
-    for index in ranked:
-        prompt, category = int(found.prompt[index]), int(found.category[index])
-        cell = (category, int(found.verdict[index]))
+    for category, name in enumerate(found.categories):
+        left = np.flatnonzero(found.kept & (found.category == category))
+        scores = found.scores[left]
+        found.drop(left[((scores > 0) & (scores < config.limit(name))).any(axis=1)], "below_threshold")
+        score = found.score[left]
+        found.drop(left[found.kept[left] & (score == 0)], "judgement_missing")
+        _rank(found, left[np.lexsort((found.sample[left], -score))], per_prompt, config)
+
+
+def _rank(found: Candidates, ranked: npt.NDArray[np.int64], per_prompt: npt.NDArray[np.uint16], config: SelectConfig) -> None:
+    """Takes out, of the completions of a category, best first, what is more than enough of a prompt, a verdict or the category."""
+    kept, per_verdict = 0, Counter[int]()
+    for index in ranked[found.kept[ranked]]:
+        prompt, verdict = int(found.prompt[index]), int(found.verdict[index])
         if per_prompt[prompt] >= config.best_of:
             found.drop(index, "not_best_of_n")
-        elif config.max_per_verdict is not None and per_verdict[cell] >= config.max_per_verdict:
+        elif config.max_per_verdict is not None and per_verdict[verdict] >= config.max_per_verdict:
             found.drop(index, "verdict_quota")
-        elif config.max_per_category is not None and per_category[category] >= config.max_per_category:
+        elif config.max_per_category is not None and kept >= config.max_per_category:
             found.drop(index, "category_quota")
         else:
             per_prompt[prompt] += 1
-            per_category[category] += 1
-            per_verdict[cell] += 1
+            per_verdict[verdict] += 1
+            kept += 1
 
 
 def funnel(found: Candidates) -> dict[str, dict[str, int]]:

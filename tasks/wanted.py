@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from tasks import judge
 from tasks.complete import Request
 from tasks.gates import Gates, gate
-from tasks.keys import completion_key
+from tasks.keys import KEY_BYTES, completion_key
 from tasks.keyset import column_keys, find, keys_of
 from tasks.policy import VERDICTS, Spec
 from tasks.prompt_set import Part, PromptSet
@@ -58,22 +58,25 @@ class Wanted:
     @classmethod
     def of(cls, prompts: PromptSet, split: Split, asked: dict[str, Request], n: int, k: int) -> "Wanted":
         """n samples of every prompt of a split; nothing is there yet."""
-        columns: list[tuple[Any, ...]] = []
+        count, end = n * prompts.size(split), 0
+        columns: list[npt.NDArray[Any]] = [np.empty(count, kind) for kind in (f"S{KEY_BYTES}", np.uint32, np.uint32, np.uint16)]
         for number, table in prompts.tables(split, ["prompt_hash"]):
-            prefix = asked[prompts.parts[number].category].prefix
-            keys = keys_of([completion_key(prefix, name, sample) for name in table["prompt_hash"].to_pylist() for sample in range(n)])
-            rows = np.repeat(table["row"].to_numpy().astype(np.uint32), n)
-            samples = np.tile(np.arange(n, dtype=np.uint16), table.num_rows)
-            columns.append((keys, np.full(len(keys), number, np.uint32), rows, samples))
-        keys, parts, rows, samples = (np.concatenate(column) for column in zip(*columns, strict=True))
-        order = np.argsort(keys, kind="stable")
-        count = len(order)
+            start, end = end, end + n * table.num_rows
+            prefix, hashes = asked[prompts.parts[number].category].prefix, table["prompt_hash"].to_pylist()
+            keys = keys_of([completion_key(prefix, name, sample) for name in hashes for sample in range(n)])
+            rows, samples = np.repeat(table["row"].to_numpy(), n), np.tile(np.arange(n), table.num_rows)
+            for column, found in zip(columns, (keys, number, rows, samples), strict=True):
+                column[start:end] = found
+        order = np.argsort(columns[0], kind="stable")
+        for place, column in enumerate(columns):  # one after the other: all of them twice would be the most that the driver ever holds
+            columns[place] = column[order]
+        keys, part, row, sample = columns
         return cls(
             parts=prompts.parts,
-            keys=keys[order],
-            part=parts[order],
-            row=rows[order],
-            sample=samples[order],
+            keys=keys,
+            part=part,
+            row=row,
+            sample=sample,
             shard=np.full(count, -1, np.int32),
             place=np.zeros(count, np.uint32),
             content=np.zeros(count, np.uint64),
@@ -158,10 +161,8 @@ class Wanted:
 
     def missing_completions(self) -> Iterator[tuple[Part, Pairs]]:
         """Completions that are not there, by part, in the order of its rows."""
-        missing = np.flatnonzero(~self.made)
-        for number, index in _groups(self.part, missing):
-            index = index[np.lexsort((self.sample[index], self.row[index]))]
-            yield self.parts[number], Pairs(self.row[index], self.sample[index])
+        for part, index in self._in_order(~self.made):
+            yield part, Pairs(self.row[index], self.sample[index])
 
     def missing_runs(self, config: judge.JudgeConfig, limits: dict[str, int]) -> npt.NDArray[np.bool_]:
         """(completion, run): which are wanted and not made. Unless audited, none after a score below the category's limit."""
@@ -177,15 +178,20 @@ class Wanted:
             yield self.shards[number], self.parts[self.part[index[0]]].category, Pairs(self.place[index][completion], run.astype(np.uint16))
 
     @property
-    def prompt(self) -> npt.NDArray[np.uint64]:
+    def prompt(self) -> npt.NDArray[np.uint32]:
         """Number of the prompt, counted through all parts."""
-        starts = np.cumsum([0, *(part.rows for part in self.parts)]).astype(np.uint64)
+        starts = np.cumsum([0, *(part.rows for part in self.parts)]).astype(np.uint32)
         return starts[self.part] + self.row
 
     def by_part(self) -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
         """Indexes of the completions of each part, in the order of its rows: an order that no shard and no engine has an influence on."""
-        for number, index in _groups(self.part, np.arange(len(self))):
-            yield self.parts[number], index[np.lexsort((self.sample[index], self.row[index]))]
+        return self._in_order(np.ones(len(self), np.bool_))
+
+    def _in_order(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
+        """Indexes of the entries of a mask, by part. Sorted category by category: an index of all would be half as large as all of this."""
+        for category in range(len(self.categories)):
+            for number, index in _groups(self.part, np.flatnonzero(mask & (self.category == category))):
+                yield self.parts[number], index[np.lexsort((self.sample[index], self.row[index]))]
 
     def rows(self, store: Store, index: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         """Columns of completions that are there, in the order of `index`."""

@@ -299,11 +299,11 @@ def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chai
     assert problems(str(chain["root"]))[0] == []
 
 
-def begun(root: Path, stage: str) -> bool:
-    """Whether a stage is under way: something of it is written."""
+def written(root: Path, stage: str) -> int:
+    """How many files of rows a stage has written; of SFT, how many steps."""
     if stage == "sft":
-        return any(len(file.read_text().splitlines()) > 1 for file in root.glob("checkpoints/sft-*/.training/*/metrics.jsonl"))
-    return any(root.glob(f"{stage}/**/ledger/*.json"))
+        return sum(len(file.read_text().splitlines()) for file in root.glob("checkpoints/sft-*/.training/*/metrics.jsonl"))
+    return len(list(root.glob(f"{stage}/**/*.parquet")))
 
 
 @pytest.mark.soak
@@ -317,8 +317,8 @@ def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> N
     for stage in ("completions", "judgements", "sft", "rollouts"):
         # A process group of its own, as the shell gives it: Ctrl-C reaches all of it.
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 600
-        while not begun(root, stage):
+        before, deadline = written(root, stage), time.monotonic() + 600
+        while written(root, stage) <= before + 1:
             assert process.poll() is None and time.monotonic() < deadline, stage
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)

@@ -89,7 +89,7 @@ def prompt_set(store: Store) -> PromptSet:
     """The prompts that lie in every world's store."""
     parts = [{"path": f"{category}.parquet", "category": category, "rows": rows + 1, "splits": {"sft": rows, "rl": 1, "eval": 0}}
              for category, rows in PROMPTS.items()]  # fmt: skip
-    return PromptSet(store, "prompts", {"parts": parts, "reserved": [], "hash": "", "counts": {}})
+    return PromptSet(store, "prompts", {"parts": parts, "hash": "", "counts": {}})
 
 
 @cache
