@@ -28,7 +28,9 @@ class FakeConfig(BaseModel):
         True, title="Tokenizes", description="Off: the length of a prompt is told by its characters, as if it were tokenised elsewhere."
     )
     malformed: float = Field(0, ge=0, le=1, title="Malformed", description="Share of answers that ignore grammar and schema.")
-    die_at: int | None = Field(None, ge=1, title="Death", description="The engine dies at this request, each time it was started.")
+    die_at: int | None = Field(
+        None, ge=0, title="Death", description="The engine dies at this request, each time it was started; 0: while it starts."
+    )
     die_on: str | None = Field(None, min_length=1, title="Deadly text", description="A prompt that holds this text kills the engine.")
 
 
@@ -115,6 +117,9 @@ class EngineConfig(BaseModel):
     )
     attempts: int = Field(5, ge=1, title="Attempts", description="Tries of a request that is not answered, before its row is quarantined.")
     request_seconds: float = Field(3600, gt=0, title="Request time", description="A request that takes longer is asked again.")
+    start_seconds: float = Field(
+        1800, gt=0, title="Start", description="The run ends when no engine is there for so long, though it may have the machines for one."
+    )
     stuck_seconds: float = Field(
         900, gt=0, title="Stuck", description="An engine that answers nothing for so long, with requests to answer, is started again."
     )

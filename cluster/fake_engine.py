@@ -44,8 +44,10 @@ class FakeEngine:
         """Request -> how often a fault struck it."""
 
     async def start(self) -> None:
-        """Takes as long as configured."""
+        """Takes as long as configured. Raises EngineDied if so told."""
         await asyncio.sleep(self.fake.start_seconds)
+        if self.fake.die_at == 0:
+            raise EngineDied("the fake engine was told to die while it starts")
 
     async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
         """Draws one completion; see `Engine.complete`."""

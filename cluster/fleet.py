@@ -8,7 +8,9 @@ is split until the row is found; the stage then gives that row up, and the rest 
 
 import asyncio
 import logging
+import math
 import os
+import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -66,6 +68,8 @@ class Done(Generic[ShardT, ResultT]):
     shard: ShardT
     result: ResultT
     usage: Usage
+    engine: int
+    """Number of the engine in its fleet."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class EngineActor:
         """Returns when the engine answers with these weights. A restarted actor takes them anew; it would answer as the base model."""
         async with self._turn:
             if not self._ready:
-                await self._engine.start()
+                await _alive(self._engine.start())
                 self._ready = True
             if weights and weights != self._weights:
                 await _alive(self._engine.load_weights(weights.path, weights.version))
@@ -156,10 +160,13 @@ class _Slot:
 
 
 class Fleet:
-    """Running engines of one configuration, each of which works on `capacity` requests. Can be handed to another process."""
+    """Running engines of one configuration, each of which works on `capacity` requests. Can be handed to another process.
 
-    def __init__(self, actors: list[Any], capacity: int) -> None:
-        self.actors, self.capacity = actors, capacity
+    When none of them is there for `start_seconds`, work ends with a SpecmillError.
+    """
+
+    def __init__(self, actors: list[Any], capacity: int, start_seconds: float = math.inf) -> None:
+        self.actors, self.capacity, self.start_seconds = actors, capacity, start_seconds
         self.weights: Weights | None = None
         self._homes: dict[str, int] = {}
 
@@ -228,6 +235,8 @@ class _Feeder:
         """Answers that are waited for, and from whom."""
         self.slots = [_Slot(number, actor) for number, actor in enumerate(fleet.actors)]
         self.suspects: deque[_Work] = deque()
+        self._there = time.monotonic()
+        """When an engine was last seen to be there."""
         for slot in self.slots:
             self._await(slot)
         # The first to answer is not handed all of a small work while the others are about to answer.
@@ -261,6 +270,17 @@ class _Feeder:
             waiting -= work.size
             self._start(slot, work)
 
+    def check(self) -> None:
+        """Raises SpecmillError when no engine was there for longer than one may take to start: Ray tries it for ever."""
+        now = time.monotonic()
+        if any(slot.open or slot.running for slot in self.slots):
+            self._there = now
+        elif now - self._there > self.fleet.start_seconds:
+            raise SpecmillError(
+                f"no engine was there for {self.fleet.start_seconds:.0f} s (`start_seconds`): they die while they start, or wait for a "
+                "machine that is gone. Everything committed is kept; the same command goes on from there."
+            )
+
     def receive(self, ready: Any) -> Iterator[Done]:
         """Takes an answer, if it is of this fleet."""
         slot = self.pending.pop(ready, None)
@@ -276,7 +296,7 @@ class _Feeder:
             return
         work = slot.running.pop(ready)
         slot.load, slot.open, slot.deaths = slot.load - work.size, True, 0
-        yield Done(work.line, work.shard, result, usage)
+        yield Done(work.line, work.shard, result, usage, slot.number)
 
     def _start(self, slot: _Slot, work: _Work) -> None:
         ref = slot.actor.run.remote(work.line.stage.run, work.shard, self.fleet.weights)
@@ -324,7 +344,7 @@ class _Feeder:
             self.suspects.extend(_Work(work.line, part, stage.size(part), deaths=1) for part in parts)
         elif stage.give_up:
             given_up = stage.give_up(work.shard, f"it killed its engine {work.deaths} times: {reason}")
-            yield Done(work.line, work.shard, given_up, Usage())
+            yield Done(work.line, work.shard, given_up, Usage(), slot.number)
         elif work.deaths >= MAX_DEATHS:
             raise SpecmillError(f"a shard killed its engine {work.deaths} times: {reason}")
         else:
@@ -344,11 +364,12 @@ def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> It
         if not waiting and not any(feeder.busy for feeder in feeders.values()):
             return
         for feeder in feeders.values():
+            feeder.check()
             feeder.fill([line for line in lines if line.waiting and line.fleet() is feeder.fleet], waiting)
         pending = [ref for feeder in feeders.values() for ref in feeder.pending]
         if tick:
             tick(all(feeder.full for feeder in feeders.values()))
-        ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS if tick else None)
+        ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS)
         if ready:  # of a thousand engines, many have answered in the meantime
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         for ref in ready:

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.engine import EngineConfig
-from cluster.errors import UserError
+from cluster.errors import SpecmillError, UserError
 from cluster.fake_engine import fake_model
 from cluster.fleet import Done, EngineActor, Fleet, ResultT, ShardT, Stage, answer
 from cluster.models import Model, resolve_model
@@ -56,15 +56,20 @@ class Pool:
         """The engines, started if need be: at least one of them runs, all of them if they receive weights.
 
         Those that take up to twice as long as the first are waited for, or it would take all of a small work; others join later.
-        Raises UserError when they cannot fit in memory or on the cluster's machines.
+        Raises UserError when they cannot fit in memory or on the cluster's machines, SpecmillError when they do not start.
         """
         if self._fleet is None:
             self.check_memory()
             self._check_room()
-            self._fleet = Fleet([self._actor(number) for number in range(self.config.engines)], self.config.max_num_seqs)
-            self._starting, began = [actor.ready.remote() for actor in self._fleet.actors], time.monotonic()
-            needed = ray.wait(self._starting, num_returns=len(self._starting) if self.receives_weights else 1)[0]
-            started = ray.wait(self._starting, num_returns=len(self._starting), timeout=time.monotonic() - began)[0]
+            actors, patience = [self._actor(number) for number in range(self.config.engines)], self.config.start_seconds
+            self._fleet = Fleet(actors, self.config.max_num_seqs, patience)
+            # A process that dies in its first start would die in the next one too.
+            self._starting, began = [actor.ready.options(max_task_retries=0).remote() for actor in actors], time.monotonic()
+            wanted = len(actors) if self.receives_weights else 1
+            needed = ray.wait(self._starting, num_returns=wanted, timeout=patience)[0]
+            if len(needed) < wanted:
+                raise SpecmillError(f"the engines of {self.config.model} did not start within {patience:.0f} s: raise `start_seconds`.")
+            started = ray.wait(self._starting, num_returns=len(actors), timeout=time.monotonic() - began)[0]
             for ready in {*needed, *started}:
                 answer(ready, f"the engine of {self.config.model} did not start")
         return self._fleet

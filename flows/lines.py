@@ -36,7 +36,9 @@ class Lines:
                 run.store.root, run.generator.model, run.config.generate, run.requests[part.category], run.gates, part.path, pairs
             )
             self.drawn.add(self.drawing, [replace(shard, pairs=piece) for piece in pairs.pieces(run.config.generate.shard_rows)])
-        for source, category, pairs in wanted.judgements_to_make(wanted.missing_runs(run.config.judge, run.limits)):
+        missing = wanted.missing_runs(run.config.judge, run.limits)
+        self.settled = int(wanted.settled_runs(missing).sum())
+        for source, category, pairs in wanted.judgements_to_make(missing):
             self.judged.add(self.judging, [run.judgement_shard(source, category, pairs)])
 
     @contextmanager
@@ -94,9 +96,9 @@ class Lines:
         self.run.note(
             "judge",
             wanted=verdicts,
-            reused=verdicts - judged.asked,
+            reused=verdicts - judged.asked - self.settled,
             made=judged.made,
-            skipped=judged.skipped,
+            skipped=judged.skipped + self.settled,
             gated=self.gated,
             lost_shards=lost_judgements,
         )

@@ -28,18 +28,20 @@ CHANGES = ("spec", "model", "template", "sampling")
 
 @dataclass
 class Line:
-    """One stage of one category: rows wanted, rows that are there, and why the others have to be made."""
+    """One stage of one category: rows wanted, rows that are there, runs that a score below the threshold made needless, and why the
+    others have to be made."""
 
     stage: str
     category: str
     wanted: int = 0
     reused: int = 0
+    skipped: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     @property
     def to_do(self) -> int:
         """Rows to make."""
-        return self.wanted - self.reused
+        return self.wanted - self.reused - self.skipped
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ def plan(run: Workspace) -> tuple[list[Line], list[Estimate], list[Leaving]]:
 
 def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate], leaving: Iterable[Leaving]) -> str:
     """The plan for the terminal: a table, what would leave this machine, and what it will cost."""
-    rows = [["stage", "category", "wanted", "reused", "to do", "why"]]
+    rows = [["stage", "category", "wanted", "reused", "skipped", "to do", "why"]]
     for line in lines:
         why = ", ".join(f"{count} {reason}" for reason, count in line.reasons.most_common())
-        rows.append([line.stage, line.category, str(line.wanted), str(line.reused), str(line.to_do), why])
+        rows.append([line.stage, line.category, str(line.wanted), str(line.reused), str(line.skipped), str(line.to_do), why])
     left = [
         f"{sent.stage}: {sent.what.format(sum(sent.counts.values()))} would leave this machine for {sent.host}: "
         + ", ".join(f"{count} {category}" for category, count in sent.counts.items())
@@ -114,7 +116,7 @@ def _complete_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line
             named[names[row].as_py()].append((part.category, sample))
     older: dict[str, list[tuple[int, Changes]]] = defaultdict(list)
     known = np.array(sorted(named), "S64")
-    for table in run.store.read_tables([shard.path for shard in ledger.shards()] if named else [], ORIGINS):
+    for table in run.store.read_tables(list(ledger.state.shards) if named else [], ORIGINS):
         if table is not None:
             names = np.array(table["prompt_hash"].to_pylist(), "S64")
             here = known[np.minimum(np.searchsorted(known, names), len(known) - 1)] == names
@@ -132,9 +134,11 @@ def _judge_lines(run: Workspace, wanted: Wanted, ledger: Ledger) -> list[Line]:
     k = run.config.judge.k
     missing = wanted.missing_runs(run.config.judge, run.limits)
     passed, to_make, to_come = wanted.count(wanted.passed), wanted.count(missing), wanted.count(~wanted.made)
+    settled = wanted.count(wanted.settled_runs(missing))
     lines = {category: Line("judge", category, k * (passed[category] + to_come[category])) for category in passed}
     for category, line in lines.items():
-        line.reused = k * passed[category] - to_make[category]
+        line.skipped = settled[category]
+        line.reused = k * passed[category] - to_make[category] - line.skipped
         line.reasons["of completions to come"] += k * to_come[category]
     index = np.flatnonzero(missing.any(axis=1))
     known = _judged_before(run, wanted, index, ledger)
@@ -152,7 +156,7 @@ def _runs_to_make(run: Workspace, wanted: Wanted) -> int:
 def _judged_before(run: Workspace, wanted: Wanted, index: npt.NDArray[np.int64], ledger: Ledger) -> list[str]:
     """Why each of some completions has verdicts to make."""
     by_this, by_another = KeySet(), KeySet()
-    for table in run.store.read_tables([shard.path for shard in ledger.shards()] if len(index) else [], ["completion_key", "judge_hash"]):
+    for table in run.store.read_tables(list(ledger.state.shards) if len(index) else [], ["completion_key", "judge_hash"]):
         if table is not None:
             mine = pc.equal(table["judge_hash"], run.judge_hash("full")).to_numpy()
             keys = column_keys(table["completion_key"])
@@ -183,7 +187,7 @@ def _reason(older: list[tuple[int, Changes]], sample: int) -> str:
 
 
 def _estimate(ledger: Ledger, rows: int, engine: EngineConfig) -> Estimate:
-    state = ledger.read()
+    state = ledger.state
     usage = state.usage.scaled(rows / state.made) if state.made else None
     price = engine.remote.cost(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) if engine.remote and usage else None
     return Estimate(ledger.stage, rows, usage, engine.engines, price)

@@ -1,8 +1,9 @@
 """The Prefect tasks of the flows, one per stage. They pass handles and keys, never rows; the ledgers, not Prefect, know what is done."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -25,6 +26,8 @@ from tasks.store import Store
 from tasks.training_rows import training_rows
 from tasks.wanted import NOT_JUDGED
 from tasks.work import cost_per_kept
+
+T = TypeVar("T")
 
 
 @task(name="complete and judge", cache_policy=NO_CACHE)
@@ -57,8 +60,12 @@ def select_step(run: Workspace) -> Dataset:
     kept = dataset.manifest["rows"]
     categories = sum("kept" in counts for counts in table.values())
     runs = int((wanted.scores != NOT_JUDGED).sum())
-    run.cost = cost_per_kept([(completions.read(), len(wanted)), (judgements.read(), runs)], kept)
+    run.cost = cost_per_kept([(completions.state, len(wanted)), (judgements.state, runs)], kept)
+    agreed = wanted.agreement(run.config.judge, run.limits)
+    run.agreement = agreed.as_json()
     run.note("select", completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories)
+    if run.config.judge.k > 1 and agreed.total:
+        say(f"  judge      all {run.config.judge.k} runs agree to keep or to drop on {agreed.count} of {agreed.total} audited completions")
     return dataset
 
 
@@ -73,8 +80,8 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
         "config": config.model_dump(exclude=sft.UNIMPORTANT),
     }
     id = f"sft-{digest(recipe)[:12]}"
-    found = ckpt.find(store, id)
-    if found is None:
+
+    def train() -> Checkpoint:
         _clear(store, id)
         shard = store.put_table(f"checkpoints/{id}/rows", table)
         path = ckpt.directory(store, id)
@@ -82,8 +89,11 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
         with Progress("sft", "steps") as progress:
             metrics = sft.train_sft(store.path(shard.path), base.path, str(path / "model"), config, progress)
         origin = {"dataset": f"{dataset.name}@{dataset.version}", "code": code_version()}
-        found = ckpt.finish(store, id, "sft", recipe | origin, metrics)
+        trained = ckpt.finish(store, id, "sft", recipe | origin, metrics)
         shutil.rmtree(path / ".training", ignore_errors=True)
+        return trained
+
+    found = _made_once(run, f"checkpoints/{id}", lambda: ckpt.find(store, id), train)
     capability = table.num_rows - dataset.manifest["rows"]
     run.note("sft", rows=table.num_rows, capability=capability, reused=int(found.reused), trained=int(not found.reused))
     return found
@@ -102,8 +112,8 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         "config": config.rl.model_dump(exclude=sft.UNIMPORTANT),
     }
     id = f"rl-{digest(recipe)[:12]}"
-    found = ckpt.find(store, id)
-    if found is None:
+
+    def train() -> Checkpoint:
         _clear(store, id)
         path = ckpt.directory(store, id)
         path.mkdir(parents=True, exist_ok=True)
@@ -127,9 +137,12 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         say(f"  starting {config.rl.ranks} x DeepSpeed ZeRO-{config.rl.training.zero_stage}")
         with Progress("rl", "steps") as progress:
             metrics = rl.train_rl(job, str(path), progress)
-        found = ckpt.finish(store, id, "rl", recipe | {"code": code_version()}, metrics)
+        trained = ckpt.finish(store, id, "rl", recipe | {"code": code_version()}, metrics)
         (path / "weights.safetensors").unlink(missing_ok=True)
         shutil.rmtree(path / "train", ignore_errors=True)
+        return trained
+
+    found = _made_once(run, f"checkpoints/{id}", lambda: ckpt.find(store, id), train)
     run.note("rl", steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
     return found
 
@@ -145,17 +158,19 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
     config, store = run.config, run.store
     prompts = run.split("eval")
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
-    found = evaluate.find(store, id, checkpoint.kind)
-    if found is None:
+
+    def make() -> Evaluation:
         run.start(run.policy_engine)
         run.start(run.judge)
         subject = run.policy_engine.fleet()
         subject.load_weights(checkpoint.model.path, 0)
         with Progress(f"eval-{checkpoint.kind}", "answers and verdicts") as progress:
-            found = evaluate.evaluate(
+            return evaluate.evaluate(
                 store, id, checkpoint.kind, prompts, run.policy, run.specs, subject, run.base_model,
                 run.judge.fleet(), run.judge.model, config.judge, config.evaluate, progress,
             )  # fmt: skip
+
+    found = _made_once(run, f"evaluations/{id}", lambda: evaluate.find(store, id, checkpoint.kind), make)
     run.note(f"eval-{checkpoint.kind}", prompts=len(prompts), reused=int(found.reused), made=int(not found.reused))
     return found
 
@@ -174,6 +189,7 @@ def report_step(run: Workspace, dataset: Dataset, checkpoints: list[Checkpoint],
         "stages": run.notes,
         "speeds": run.speeds,
         "cost": run.cost,
+        "agreement": run.agreement,
         "quarantined": run.prompts.manifest["quarantined"],
         "provenance": _provenance(run) | {"parameters": run.config.parameters()},
     }
@@ -195,6 +211,15 @@ def _provenance(run: Workspace) -> dict[str, Any]:
         "parameters": {name: parameters[name] for name in ("generate", "gates", "judge", "select")},
         "code": code_version(),
     }
+
+
+def _made_once(run: Workspace, folder: str, find: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What is there already, or is made now. The folder is claimed for that, so that a second run of one identity says so and stops."""
+    found = find()
+    if found is None:
+        with Ledger(run.store, folder).writing(run.config.lease_seconds):
+            found = find() or make()
+    return found
 
 
 def _clear(store: Store, id: str) -> None:

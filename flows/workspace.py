@@ -52,6 +52,8 @@ class Workspace:
     """Stage -> how fast it was in this invocation."""
     cost: dict[str, float] = field(default_factory=dict)
     """What a kept row costs, everything that was dropped for it included."""
+    agreement: dict[str, float | int | None] = field(default_factory=dict)
+    """On how many audited completions all runs of the judge agree to keep or to drop, as a proportion."""
     _splits: dict[Split, list[Prompt]] = field(default_factory=dict)
 
     @property

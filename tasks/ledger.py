@@ -114,6 +114,11 @@ class Ledger:
         self._catch_up()
         return state
 
+    @property
+    def state(self) -> State:
+        """Everything that was committed when this ledger was last read or written; it is read if it was neither."""
+        return self._state or self.read()
+
     def shards(self) -> list[Shard]:
         """Shards that count: named by an entry, and not declared lost by a later one."""
         return list(self.read().shards.values())
@@ -145,7 +150,7 @@ class Ledger:
     @contextmanager
     def writing(self, lease: float) -> Iterator[None]:
         """Claims the ledger for as long as the block runs. Raises UserError when another run that lives has claimed it."""
-        state = self._state or self.read()
+        state = self.state
         if not state.ended and state.writer != self.writer:
             self._wait_for_death(state, max(lease, state.lease))
         self._lease = lease

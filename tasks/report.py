@@ -84,6 +84,7 @@ Verdict as ideal, by category:
 {funnel_markdown(dataset.manifest["funnel"])}
 
 A kept row costs {_cost(manifest)}.
+{_agreement(manifest)}
 
 ## Checkpoints
 
@@ -100,6 +101,15 @@ def _cost(manifest: dict[str, Any]) -> str:
     seconds, tokens = cost["engine_seconds_per_kept_row"], cost["tokens_per_kept_row"]
     price = f", {cost['price_per_kept_row']:.3g} at the endpoints' prices" if cost["price_per_kept_row"] else ""
     return f"{seconds:.3g} engine seconds, {tokens:,.0f} drawn tokens{price}; what was spent on rows that were dropped is in it"
+
+
+def _agreement(manifest: dict[str, Any]) -> str:
+    agreed, runs = manifest["agreement"], manifest["provenance"]["judge"]["k"]
+    if runs < 2 or not agreed["total"]:
+        return ""
+    return (
+        f"On completions that are judged {runs} times in any case, all runs agree to keep or to drop: {_rate(agreed)} of {agreed['total']}."
+    )
 
 
 def _comparison(evaluations: list[Evaluation]) -> str:

@@ -5,6 +5,7 @@ that hold something of it are written anew without; the next run selects a datas
 """
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from tasks import tables
 from tasks.garbage import stages
 from tasks.keys import KEY_BYTES
 from tasks.ledger import Ledger
-from tasks.manifest import CHECKPOINT, DATASET
+from tasks.manifest import ANY, CHECKPOINT
 from tasks.store import Shard, Store
 
 STAGE = "tombstones"
@@ -43,7 +44,7 @@ def deleted_prompts(store: Store) -> frozenset[str]:
 
 def delete_prompt(store: Store, id: str) -> Deleted:
     """Raises UserError when there is no such prompt, or when a run is writing. Interrupted, it is finished by doing it again."""
-    hashes = _hashes(store, id) if id.isascii() else set()
+    hashes, ids = _names(store, id) if id.isascii() else (set(), set())
     if not hashes:
         raise UserError(f"{store.root}: no prompt with the id {id!r} was ever read or completed here.")
     with ExitStack() as claimed:
@@ -55,29 +56,35 @@ def delete_prompt(store: Store, id: str) -> Deleted:
             keys = [hashlib.sha256(name.encode()).digest()[:KEY_BYTES] for name in new]
             rows = pa.table([keys, new, [None] * len(new)], schema=tables.TOMBSTONES)
             ledgers[STAGE].commit([store.put_table(f"{STAGE}/shards", rows)])
-        rows_by_stage = {stage: _strip(ledger, id, hashes) for stage, ledger in ledgers.items() if stage.split("/")[0] in ROWS}
-    return Deleted(rows_by_stage, _holders(store, id))
+        rows_by_stage = {stage: _strip(ledger, ids, hashes) for stage, ledger in ledgers.items() if stage.split("/")[0] in ROWS}
+    return Deleted(rows_by_stage, _holders(store, ids, [stage for stage, rows in rows_by_stage.items() if rows]))
 
 
-def _hashes(store: Store, id: str) -> set[str]:
-    """Hashes of the prompts that had this id, as far as prompt sets and completions tell."""
+def _names(store: Store, id: str) -> tuple[set[str], set[str]]:
+    """Hashes of the prompts that had this id, and all ids that these had, as far as prompt sets and completions tell."""
     named = [(path, "id") for path, _, _ in store.files("prompts") if "/parts/" in path]
     named += [(shard.path, "prompt_id") for shard in Ledger(store, "completions").shards()]
-    found: set[str] = set()
+    hashes: set[str] = set()
     for path, column in named:
         table = store.read_table(path, [column, "prompt_hash"])
-        found.update(table.filter(pc.equal(table[column], id))["prompt_hash"].to_pylist())
-    return found
+        hashes.update(table.filter(pc.equal(table[column], id))["prompt_hash"].to_pylist())
+    ids: set[str] = set()
+    for path, column in named if hashes else ():
+        table = store.read_table(path, [column, "prompt_hash"])
+        ids.update(table.filter(_among(table["prompt_hash"], hashes))[column].to_pylist())
+    return hashes, ids
 
 
-def _strip(ledger: Ledger, id: str, hashes: set[str]) -> int:
+def _among(column: pa.ChunkedArray, values: set[str]) -> pa.ChunkedArray:
+    return pc.is_in(column, pa.array(sorted(values), pa.string()))
+
+
+def _strip(ledger: Ledger, ids: set[str], hashes: set[str]) -> int:
     """Writes the shards of a stage that hold rows of the prompt anew, without these rows; returns how many rows that were."""
     store, count = ledger.store, 0
     for shard in ledger.shards():
         table = store.read_table(shard.path)
-        theirs = pc.equal(table["prompt_id"], id)
-        if "prompt_hash" in table.column_names:
-            theirs = pc.or_(theirs, pc.is_in(table["prompt_hash"], pa.array(sorted(hashes))))
+        theirs = _among(table["prompt_hash"], hashes) if "prompt_hash" in table.column_names else _among(table["prompt_id"], ids)
         rest = table.filter(pc.invert(theirs))
         if rest.num_rows == table.num_rows:
             continue
@@ -88,20 +95,30 @@ def _strip(ledger: Ledger, id: str, hashes: set[str]) -> int:
     return count
 
 
-def _holders(store: Store, id: str) -> list[str]:
-    """Datasets with the prompt among their completions, and the checkpoints trained on those."""
-    datasets = []
-    for file in store.glob("datasets/*/*/manifest.json"):
-        folder = file.removesuffix("/manifest.json")
-        audits = [entry["path"] for entry in store.read_json(file, DATASET)["files"] if entry["path"].startswith("audit/")]
-        if any(pc.any(pc.equal(store.read_table(f"{folder}/{path}", ["prompt_id"])["prompt_id"], id)).as_py() for path in audits):
-            datasets.append(folder)
+def _holders(store: Store, ids: set[str], stripped: Sequence[str]) -> list[str]:
+    """Prompt sets, datasets and evaluations with the prompt among their rows, and the checkpoints that were trained on it.
+
+    `stripped`: stages of which rows were taken out; rollouts name the checkpoint that learned from them.
+    """
+    prompts, datasets, evaluations = (
+        [file.removesuffix("/manifest.json") for file in store.glob(f"{pattern}/manifest.json")]
+        for pattern in ("prompts/*", "datasets/*/*", "evaluations/*")
+    )
+    prompts = [folder for folder in prompts if _holds(store, folder, "parts/", "id", ids)]
+    datasets = [folder for folder in datasets if _holds(store, folder, "audit/", "prompt_id", ids)]
+    evaluations = [folder for folder in evaluations if _holds(store, folder, "", "prompt_id", ids)]
     names = {"@".join(folder.split("/")[1:]) for folder in datasets}
-    trained: set[str] = set()
+    trained = {stage.replace("rollouts/", "checkpoints/") for stage in stripped if stage.startswith("rollouts/")}
     checkpoints = {
         file.removesuffix("/manifest.json"): store.read_json(file, CHECKPOINT) for file in store.glob("checkpoints/*/manifest.json")
     }
     for folder, manifest in checkpoints.items():
         if manifest["provenance"].get("dataset") in names:
             trained |= {folder, *(other for other, later in checkpoints.items() if later["provenance"].get("start") == manifest["weights"])}
-    return [*datasets, *sorted(trained)]
+    return [*prompts, *datasets, *sorted(trained), *evaluations]
+
+
+def _holds(store: Store, folder: str, kind: str, column: str, ids: set[str]) -> bool:
+    """Whether one of the files that a manifest names, of those whose names begin so, has a row of the prompt."""
+    files = [entry["path"] for entry in store.read_json(f"{folder}/manifest.json", ANY).get("files", []) if entry["path"].startswith(kind)]
+    return any(pc.any(_among(store.read_table(f"{folder}/{path}", [column])[column], ids)).as_py() for path in files)

@@ -23,6 +23,7 @@ from tasks.keyset import column_keys, find, keys_of
 from tasks.policy import VERDICTS, Spec
 from tasks.prompt_set import Part, PromptSet
 from tasks.prompts import Split
+from tasks.statistics import Proportion
 from tasks.store import Shard, Store
 from tasks.work import Pairs
 
@@ -166,9 +167,18 @@ class Wanted:
 
     def missing_runs(self, config: judge.JudgeConfig, limits: dict[str, int]) -> npt.NDArray[np.bool_]:
         """(completion, run): which are wanted and not made. Unless audited, none after a score below the category's limit."""
-        limit = np.array([limits[name] for name in self.categories], np.int8)[self.category]
-        settled = ((self.scores > 0) & (self.scores < limit[:, None])).any(axis=1) & ~judge.audited(self.keys, config)
+        settled = ((self.scores > 0) & (self.scores < self._limit(limits))).any(axis=1) & ~judge.audited(self.keys, config)
         return (self.scores == NOT_JUDGED) & (self.passed & ~settled)[:, None]
+
+    def agreement(self, config: judge.JudgeConfig, limits: dict[str, int]) -> Proportion:
+        """On how many completions all runs of the judge agree to keep or to drop. Of those that are audited: the others may lack runs."""
+        audited = judge.audited(self.keys, config) & (self.scores > 0).all(axis=1)
+        keeps = (self.scores >= self._limit(limits))[audited]
+        return Proportion(int((keeps.all(axis=1) | ~keeps.any(axis=1)).sum()), len(keeps))
+
+    def settled_runs(self, missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """(completion, run): which were not made and, since an earlier run settled the matter, are not `missing`."""
+        return (self.scores == NOT_JUDGED) & self.passed[:, None] & ~missing
 
     def judgements_to_make(self, missing: npt.NDArray[np.bool_]) -> Iterator[tuple[Shard, str, Pairs]]:
         """Completion shard, category and (place, run) of the runs that are missing."""
@@ -205,6 +215,10 @@ class Wanted:
         """Entries of a mask by category."""
         counts = np.bincount(self.category, weights=mask.reshape(len(self), -1).sum(axis=1), minlength=len(self.categories))
         return {name: int(count) for name, count in zip(self.categories, counts, strict=True)}
+
+    def _limit(self, limits: dict[str, int]) -> npt.NDArray[np.int8]:
+        """(completion, 1): the lowest score that is kept."""
+        return np.array([limits[name] for name in self.categories], np.int8)[self.category][:, None]
 
     def _reason(self, reason: str | None) -> int:
         if reason not in self.reasons:

@@ -4,6 +4,7 @@ A shard says which requests it makes as pairs of a row (of a part, or of a compl
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import SpecmillError
-from cluster.fleet import Done, Line, run
+from cluster.fleet import Done, Fleet, Line, run
 from cluster.serving import Usage
 from tasks.ledger import Ledger, State
-from tasks.progress import Progress
+from tasks.progress import Progress, say
 from tasks.store import Conflict, Down, Shard
 
-COMMIT_SECONDS = 1.0
-"""Finished shards are committed together, this long after the last commit."""
+COMMIT_SECONDS = 2.0
+"""Finished shards are committed together, this long after the last commit: until then a driver that is killed loses them."""
+QUIET_SECONDS = 300.0
+"""When nothing was finished for so long, a person should know."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class Tally:
         line.add(shards)
         self.asked += sum(len(shard.pairs) for shard in shards)
 
-    def take(self, done: Done) -> None:
-        """A finished shard."""
+    def take(self, done: Done, idle: float) -> None:
+        """A finished shard. `idle`: the share of their time that the engines of its line had nothing to do."""
         receipt: Receipt = done.result
         if receipt.file.rows:
             self._waiting.append(receipt.file)
@@ -95,10 +98,10 @@ class Tally:
         self.made += receipt.file.rows
         self.skipped += receipt.skipped
         self.quarantined += receipt.file.quarantined
-        self.progress(self.made + self.skipped, self.asked, self._pace())
+        self.progress(self.made + self.skipped, self.asked, self._pace(idle))
 
     def commit(self, now: bool = False) -> None:
-        """Names the finished shards in the ledger, unless that was done less than a second ago. The first entry declares the lost ones."""
+        """Names the finished shards in the ledger, unless that was done a moment ago. The first entry declares the lost ones."""
         if (self._waiting or self.lost) and (now or time.monotonic() - self._committed >= COMMIT_SECONDS):
             self.ledger.commit(self._waiting, self.lost, self._cost)
             self._waiting, self.lost, self._cost = [], [], Usage()
@@ -116,11 +119,12 @@ class Tally:
             "quarantined": self.quarantined,
         }
 
-    def _pace(self) -> str:
+    def _pace(self, idle: float) -> str:
         usage = self.usage
         parts = [
             f"{usage.completion_tokens:,} tokens",
             f"{100 * usage.cached_tokens / max(1, usage.prompt_tokens):.0f} % of prompts cached",
+            f"engines idle {100 * idle:.0f} %",
         ]
         parts += [f"{count} {name}" for count, name in ((usage.retries, "retries"), (self.quarantined, "quarantined")) if count]
         return ", ".join(parts)
@@ -139,6 +143,26 @@ def cost_per_kept(stages: Sequence[tuple[State, int]], kept: int) -> dict[str, f
     return {f"{what}_per_kept_row": much / max(1, kept) for what, much in each.items()}
 
 
+class Idle:
+    """How much of its time until its last answer each engine had nothing to do."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._known: dict[tuple[Fleet, int], float] = defaultdict(float)
+        """Engine -> seconds from the beginning to its last answer."""
+        self._busy: dict[Fleet, float] = defaultdict(float)
+        self._time: dict[Fleet, float] = defaultdict(float)
+        """Seconds that the engines of a fleet were busy, of those that are known."""
+
+    def take(self, done: Done) -> float:
+        """A finished shard. Returns the share for the engines of its line together."""
+        fleet, now = done.line.fleet(), time.monotonic() - self._began
+        self._busy[fleet] += done.usage.busy_seconds
+        self._time[fleet] += now - self._known[fleet, done.engine]
+        self._known[fleet, done.engine] = now
+        return max(0.0, 1 - self._busy[fleet] / max(self._time[fleet], 1e-9))
+
+
 @dataclass(frozen=True)
 class Wall:
     """How long it took, in seconds, and how much of that came after an engine ran dry for good: the tail."""
@@ -149,20 +173,26 @@ class Wall:
 
 def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> Wall:
     """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others."""
-    started = full = time.monotonic()
+    started = full = heard = told = time.monotonic()
+    idle = Idle()
 
     def commit(all_busy: bool) -> None:
-        nonlocal full
+        nonlocal full, told
         for tally in lines.values():
             tally.commit()
+        now = time.monotonic()
         if all_busy:
-            full = time.monotonic()
+            full = now
+        if now - max(heard, told) > QUIET_SECONDS:
+            say(f"  no shard was finished in the last {now - heard:.0f} s; `stuck_seconds` and `request_seconds` end what does not answer")
+            told = now
 
     try:
         for done in run(list(lines), tick=commit):
+            heard = time.monotonic()
             if follow:
                 follow(done)
-            lines[done.line].take(done)
+            lines[done.line].take(done, idle.take(done))
             lines[done.line].commit()
     except (Conflict, Down):
         raise

@@ -286,14 +286,9 @@ def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chai
     shutil.rmtree(checkpoint)
     counts = again(run_file)
     assert counts["complete"]["made"] == 0
-    assert counts["judge"] | {"gated": 0} == {
-        "wanted": counts["judge"]["wanted"],
-        "reused": counts["judge"]["wanted"] - lost.rows,
-        "made": lost.rows,
-        "lost_shards": 1,
-        "skipped": 0,
-        "gated": 0,
-    }
+    judged = counts["judge"]
+    assert (judged["made"], judged["lost_shards"]) == (lost.rows, 1)
+    assert judged["reused"] + judged["skipped"] + judged["made"] == judged["wanted"]
     assert counts["sft"]["trained"] == 1 and checkpoint.exists()
     assert counts["rl"]["reused"] == 1, "the same data give the same weights, so what depends on them stands"
     assert problems(str(chain["root"]))[0] == []
@@ -326,7 +321,8 @@ def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> N
         assert not (root / "runs").exists(), f"{stage} was over before it was interrupted"
     assert subprocess.run(command, env=environment, timeout=900, check=False).returncode == 0
     assert problems(str(root))[0] == []
-    for ledger in sorted(root.glob("**/ledger")):
+    ledgers = [root / stage / "ledger" for stage in ("completions", "judgements")]
+    for ledger in [*ledgers, *root.glob("rollouts/**/ledger")]:
         stage = ledger.parent.relative_to(root).as_posix()
         counted = [shard.path for shard in Ledger(Store(str(root)), stage).shards()]
         keys = ds.dataset([str(root / path) for path in counted]).to_table(columns=["key"])["key"].to_pylist()

@@ -5,6 +5,7 @@ Prefect, Ray and the store are real; the engines are fake, since it is counted h
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from cluster.errors import UserError
 from flows.config import RunRequest
 from flows.inspect import problems
 from flows.plan import Estimate, Line, describe_plan, plan
-from flows.workspace import prepare
+from flows.steps import _made_once
+from flows.workspace import prepare, survey
 from tasks.garbage import garbage
 from tasks.ledger import Ledger
 from tasks.store import Store
@@ -91,6 +93,27 @@ def test_a_finished_run_has_nothing_to_do(folder: Path) -> None:
     dataset = regenerate(folder, "generate.engine.engines=1", "generate.shard_rows=5", "select.threshold=2")
     assert (asked(folder, "completions"), asked(folder, "judgements")) == before, "neither worker count nor shard size nor threshold"
     assert dataset.manifest["rows"] < 224
+
+
+def test_the_plan_skips_the_runs_that_an_earlier_score_made_needless(folder: Path) -> None:
+    lines, *_ = plan(prepare(request(folder, "judge.k=3", "select.threshold=5")))
+    judged = [line for line in lines if line.stage == "judge"]
+    wanted, reused, skipped, to_do = (sum(getattr(line, name) for line in judged) for name in ("wanted", "reused", "skipped", "to_do"))
+    assert (wanted, reused) == (672, 448) and skipped + to_do == 224
+    assert 100 < skipped < 224, "few rows have two fives, and some are judged three times in any case"
+
+
+def test_agreement_counts_the_audited_completions_on_which_all_runs_say_the_same(folder: Path) -> None:
+    run = prepare(request(folder, "select.threshold=3", "judge.audit_share=0.5"))
+    judgements, scores = Ledger(run.store, "judgements"), defaultdict(list)
+    wanted, _ = survey(run, Ledger(run.store, "completions"), judgements)
+    for shard in judgements.shards():
+        for row in run.store.read_table(shard.path, ["completion_key", "score"]).to_pylist():
+            scores[row["completion_key"]].append(row["score"] >= 3)
+    audited = [kept for key, kept in scores.items() if int.from_bytes(key[:4]) < 0.5 * 2**32]
+    agreed = wanted.agreement(run.config.judge, run.limits)
+    assert agreed.total == len(audited) in range(80, 145) and agreed.count == sum(len(set(kept)) == 1 for kept in audited)
+    assert 0 < agreed.count < agreed.total
 
 
 @pytest.mark.parametrize(
@@ -186,3 +209,24 @@ def test_a_deleted_prompt_is_gone_from_every_row_and_stays_away(folder: Path) ->
     assert delete_prompt(store, name).rows["completions"] == 0, "doing it again does nothing"
     with pytest.raises(UserError, match="no prompt with the id"):
         delete_prompt(store, "never-heard-of")
+
+
+def test_a_prompt_is_deleted_with_what_was_judged_under_an_older_name_of_it(folder: Path) -> None:
+    prompts = prepare(request(folder)).prompts
+    old = next(iter(prompts.prompts("sft"))).id
+    (file,) = [file for file in (folder / "prompts").glob("*.jsonl") if f'"{old}"' in file.read_text()]
+    file.write_text(file.read_text().replace(f'"{old}"', '"a new name"'))
+    before = asked(folder, "completions"), asked(folder, "judgements")
+    dataset = regenerate(folder)
+    assert (asked(folder, "completions"), asked(folder, "judgements")) == before, "a name makes no other completion"
+    store = Store(str(folder / "root"))
+    done = delete_prompt(store, "a new name")
+    assert done.rows["completions"] == 2 and done.rows["judgements"] == 4
+    assert {prompts.path, prepare(request(folder)).prompts.path, dataset.path} & set(done.holders) == {prompts.path, dataset.path}
+
+
+def test_a_second_run_does_not_make_what_the_first_is_making(folder: Path) -> None:
+    run = prepare(request(folder))
+    with Ledger(run.store, "checkpoints/sft-1").writing(3), pytest.raises(UserError, match=r"another run.*checkpoints/sft-1"):
+        _made_once(run, "checkpoints/sft-1", lambda: None, lambda: pytest.fail("it trains beside the first"))
+    assert _made_once(run, "checkpoints/sft-1", lambda: None, lambda: "trained") == "trained"

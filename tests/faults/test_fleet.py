@@ -108,6 +108,13 @@ class Counted:
         return getattr(self.actor, name)
 
 
+class Absent:
+    """An actor whose engine never comes up."""
+
+    async def ready(self, weights: Any) -> None:
+        await asyncio.Event().wait()
+
+
 def test_an_engine_is_asked_for_its_shards_and_once_whether_it_is_there(ray: None) -> None:
     calls: list[str] = []
     with Pool(EngineConfig(backend="fake", max_num_seqs=16)) as pool:
@@ -133,6 +140,19 @@ def test_an_engine_that_does_not_start_is_left_out_as_long_as_there_is_another(r
         assert len(done) == len(TEXTS)
         with pytest.raises(UserError, match="NOT_SET"):
             list(Fleet([without_key], 16).map(ECHO, [Texts(("text",))]))
+
+
+def test_an_engine_that_dies_while_it_starts_ends_the_run(ray: None) -> None:
+    with pytest.raises(SpecmillError, match="did not start"):
+        echoed(TEXTS, die_at=0)
+
+
+def test_a_fleet_without_an_engine_is_waited_for_as_long_as_one_may_take_to_start(ray: None) -> None:
+    from ray import remote
+
+    lost = remote(Absent).remote()
+    with pytest.raises(SpecmillError, match="no engine was there for 2 s"):
+        list(Fleet([lost], 16, start_seconds=2).map(ECHO, [Texts(("text",))]))
 
 
 @pytest.mark.soak  # Ray watches the memory of the whole machine, so nothing else may run beside it

@@ -74,7 +74,7 @@ class Engines:
                     raise
                 except Exception as error:
                     raise SpecmillError(f"an engine failed: {error!r}") from error
-            yield Done(work.line, work.shard, result, Usage(requests=work.size))
+            yield Done(work.line, work.shard, result, Usage(requests=work.size), 0)
 
 
 def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
