@@ -85,6 +85,8 @@ def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
         _clear(store, id)
         shard = store.put_table(f"checkpoints/{id}/rows", table)
         path = ckpt.directory(store, id)
+        if config.gpus_per_rank:
+            run.free_gpus()
         say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
         with Progress("sft", "steps") as progress:
             metrics = sft.train_sft(store.path(shard.path), base.path, str(path / "model"), config, progress)
@@ -117,6 +119,8 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         _clear(store, id)
         path = ckpt.directory(store, id)
         path.mkdir(parents=True, exist_ok=True)
+        if config.rl.gpus_per_rank:
+            run.free_gpus(run.policy_engine, run.judge)
         run.start(run.policy_engine)
         run.start(run.judge)
         job = rl.RlJob(

@@ -124,6 +124,12 @@ class Workspace:
             say(f"  starting {pool.config.engines} x {pool.model.id}")
             pool.fleet()
 
+    def free_gpus(self, *needed: Pool) -> None:
+        """Ends the engines that hold GPUs, but for those of the pools that are needed; training would wait for these GPUs for ever."""
+        for pool in (self.generator, self.judge, self.policy_engine):
+            if pool.config.gpus and pool not in needed:
+                pool.close()
+
     def tell_speed(self, pool: Pool, wall: Wall, tallies: dict[str, Tally]) -> None:
         """Remembers and tells how fast engines of a pool made what."""
         for stage, tally in tallies.items():

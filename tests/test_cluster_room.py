@@ -16,6 +16,7 @@ from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
 from cluster.errors import UserError
 from cluster.fleet import Stage
 from cluster.pool import Pool
+from flows.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 TOKENS = 24
@@ -86,6 +87,25 @@ def test_an_engine_that_no_machine_has_room_for_is_told_and_not_waited_for(machi
         pool.fleet()
     with Pool(many, receives_weights=True) as pool, pytest.raises(UserError, match=r"2 of 2 engines .* need 2 CPUs"):
         pool.fleet()
+
+
+def test_engines_give_their_gpus_back_when_training_needs_them(machines: Any) -> None:
+    import ray
+
+    added = machines.add_node(num_cpus=3, num_gpus=2)
+    assert free_cores(ray, 4) == 4
+    pools = [Pool(EngineConfig(backend="fake", gpus=gpus, fake=FakeConfig(seed=number))) for number, gpus in enumerate((1, 1, 0))]
+    for pool in pools:
+        pool.fleet()
+    run = Workspace(None, None, None, None, *pools)  # type: ignore[arg-type]
+    run.free_gpus(run.judge)
+    assert [pool.started for pool in pools] == [False, True, True]
+    run.free_gpus()
+    assert [pool.started for pool in pools] == [False, False, True]
+    pools[2].close()
+    assert free_cores(ray, 4) == 4 and ray.available_resources()["GPU"] == 2
+    machines.remove_node(added)
+    assert free_cores(ray, 1) == 1
 
 
 @pytest.mark.soak
