@@ -88,8 +88,8 @@ class Tally:
         line.add(shards)
         self.asked += sum(len(shard.pairs) for shard in shards)
 
-    def take(self, done: Done, idle: float) -> None:
-        """A finished shard. `idle`: the share of their time that the engines of its line had nothing to do."""
+    def take(self, done: Done, seconds: float, idle: float) -> None:
+        """A finished shard, so many seconds after the beginning. `idle`: the share of their time that engines had nothing to do."""
         receipt: Receipt = done.result
         if receipt.file.rows:
             self._waiting.append(receipt.file)
@@ -98,7 +98,7 @@ class Tally:
         self.made += receipt.file.rows
         self.skipped += receipt.skipped
         self.quarantined += receipt.file.quarantined
-        self.progress(self.made + self.skipped, self.asked, self._pace(idle))
+        self.progress(self.made + self.skipped, self.asked, self._pace(seconds, idle))
 
     def commit(self, now: bool = False) -> None:
         """Names the finished shards in the ledger, unless that was done a moment ago. The first entry declares the lost ones."""
@@ -119,10 +119,10 @@ class Tally:
             "quarantined": self.quarantined,
         }
 
-    def _pace(self, idle: float) -> str:
+    def _pace(self, seconds: float, idle: float) -> str:
         usage = self.usage
         parts = [
-            f"{usage.completion_tokens:,} tokens",
+            f"{usage.completion_tokens / max(seconds, 1e-9):.3g} tokens/s",
             f"{100 * usage.cached_tokens / max(1, usage.prompt_tokens):.0f} % of prompts cached",
             f"engines idle {100 * idle:.0f} %",
         ]
@@ -192,7 +192,7 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
             heard = time.monotonic()
             if follow:
                 follow(done)
-            lines[done.line].take(done, idle.take(done))
+            lines[done.line].take(done, heard - started, idle.take(done))
             lines[done.line].commit()
     except (Conflict, Down):
         raise

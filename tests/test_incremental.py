@@ -4,6 +4,7 @@ Prefect, Ray and the store are real; the engines are fake, since it is counted h
 """
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from flows.inspect import problems
 from flows.plan import Estimate, Line, describe_plan, plan
 from flows.steps import _made_once
 from flows.workspace import prepare, survey
+from tasks import progress
 from tasks.garbage import garbage
 from tasks.ledger import Ledger
 from tasks.store import Store
@@ -230,3 +232,18 @@ def test_a_second_run_does_not_make_what_the_first_is_making(folder: Path) -> No
     with Ledger(run.store, "checkpoints/sft-1").writing(3), pytest.raises(UserError, match=r"another run.*checkpoints/sft-1"):
         _made_once(run, "checkpoints/sft-1", lambda: None, lambda: pytest.fail("it trains beside the first"))
     assert _made_once(run, "checkpoints/sft-1", lambda: None, lambda: "trained") == "trained"
+
+
+def test_a_run_tells_rows_tokens_cache_idle_share_retries_and_what_is_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    regenerate(folder, "generate.temperature=0.9", "generate.engine.fake.drop=0.3", "judge.engine.fake.drop=0.3")
+    told = capsys.readouterr().err
+    number = r"[\d.,e+]+"
+    for stage, unit in (("complete", "completions"), ("judge", "verdicts")):
+        pace = rf"{number} tokens/s, \d+ % of prompts cached, engines idle \d+ %, \d+ retries"
+        assert re.search(rf"{stage} +\d+/\d+ {unit} \({number}/s, \d+ s left\) {pace}", told), stage
+        ended = rf"{stage} +{number} rows/s, {number} tokens/s, \d+ % of prompt tokens cached, [1-9]\d* retries, \d+ quarantined"
+        assert re.search(ended, told), stage
+    assert re.search(rf"engines +idle {number} % of \d+ s, tail {number} %", told)

@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -95,9 +95,13 @@ def collection(folder: str, _: tuple[str, ...]) -> None:
 
 
 class Lives:
-    """Starts drivers, each a process of its own that is forked from one which has imported everything; keeps a node for engines alive."""
+    """Starts drivers, each a process of its own; keeps a node for engines alive.
 
-    def __init__(self, folder: Path) -> None:
+    `forkserver`: drivers are forked from one process that has imported everything, and have the environment that the first of them had.
+    `spawn`: each starts from nothing.
+    """
+
+    def __init__(self, folder: Path, start: Literal["forkserver", "spawn"]) -> None:
         from ray.cluster_utils import Cluster
 
         self.current = folder / "current"
@@ -108,7 +112,7 @@ class Lives:
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         os.environ["RAY_ADDRESS"] = self.cluster.address
         self.node: Any = None
-        self.context = multiprocessing.get_context("forkserver")
+        self.context: Any = multiprocessing.get_context(start)
         self.context.set_forkserver_preload(["flows.steps", "flows.workspace", "sitecustomize"])
 
     def place(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE) -> Place:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pytest
@@ -29,13 +29,13 @@ def small_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Lives]:
+def started(folder: Path, start: Literal["forkserver", "spawn"]) -> Iterator[Lives]:
     """Lives on a Ray cluster of their own."""
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SPECMILL_WINDOWS", "PYTHONPATH", "RAY_ADDRESS"):
             patch.setenv(name, os.environ.get(name, ""))
-        lives = Lives(folder)
+        lives = Lives(folder, start)
         try:
             yield lives
         finally:
@@ -44,7 +44,7 @@ def started(folder: Path) -> Iterator[Lives]:
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    with started(tmp_path_factory.mktemp("lives")) as lives:
+    with started(tmp_path_factory.mktemp("lives"), "forkserver") as lives:
         yield lives
 
 
@@ -135,7 +135,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_on_s3_too_whatever_is_killed_nothing_is_lost_or_doubled(bucket: str, undisturbed: Place, target: str, tmp_path: Path) -> None:
     """A sample: the windows of shards, entries, snapshots and the dataset's manifest, of which every second one is struck."""
-    with started(tmp_path / "ray") as lives:
+    with started(tmp_path / "ray", "spawn") as lives:
         place = lives.place(tmp_path / "place", f"{bucket}/{target}")
         windows = {*sorted(reached(undisturbed, target))[TARGETS.index(target) % 2 :: 2]}
         chain(lives, place, target, windows)
