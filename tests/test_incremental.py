@@ -217,12 +217,12 @@ def test_a_prompt_is_deleted_with_what_was_judged_under_an_older_name_of_it(fold
     prompts = prepare(request(folder)).prompts
     old = next(iter(prompts.prompts("sft"))).id
     (file,) = [file for file in (folder / "prompts").glob("*.jsonl") if f'"{old}"' in file.read_text()]
-    file.write_text(file.read_text().replace(f'"{old}"', '"a new name"'))
+    file.write_text(file.read_text().replace(f'"{old}"', '"a-new-name"'))
     before = asked(folder, "completions"), asked(folder, "judgements")
     dataset = regenerate(folder)
     assert (asked(folder, "completions"), asked(folder, "judgements")) == before, "a name makes no other completion"
     store = Store(str(folder / "root"))
-    done = delete_prompt(store, "a new name")
+    done = delete_prompt(store, "a-new-name")
     assert done.rows["completions"] == 2 and done.rows["judgements"] == 4
     assert {prompts.path, prepare(request(folder)).prompts.path, dataset.path} & set(done.holders) == {prompts.path, dataset.path}
 
@@ -238,7 +238,7 @@ def test_a_run_tells_rows_tokens_cache_idle_share_retries_and_what_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
-    regenerate(folder, "generate.temperature=0.9", "generate.engine.fake.drop=0.3", "judge.engine.fake.drop=0.3")
+    regenerate(folder, "generate.temperature=0.9", "generate.engine.fake.drop=0.1", "judge.engine.fake.drop=0.1")
     told = capsys.readouterr().err
     number = r"[\d.,e+]+"
     for stage, unit in (("complete", "completions"), ("judge", "verdicts")):
