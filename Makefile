@@ -36,7 +36,8 @@ quick: setup ## the tests that start no engine and no server, under two minutes
 	.venv/bin/pytest -m "not slow and not chain and not soak"
 
 soak: setup ## the tests that take many minutes: interruptions in every stage, both doors from nothing
-	.venv/bin/pytest -m soak
+	.venv/bin/pytest -m "soak and not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest -m "soak and alone"
 
 scale: setup ## how far one driver reaches: a million prompts through fake engines, a thousand engines to feed
 	.venv/bin/python tests/benchmarks/feeding.py

@@ -155,7 +155,8 @@ def test_a_fleet_without_an_engine_is_waited_for_as_long_as_one_may_take_to_star
         list(Fleet([lost], 16, start_seconds=2).map(ECHO, [Texts(("text",))]))
 
 
-@pytest.mark.soak  # Ray watches the memory of the whole machine, so nothing else may run beside it
+@pytest.mark.soak
+@pytest.mark.alone  # Ray watches the memory of the whole machine
 def test_a_prompt_that_takes_all_memory_is_found_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from cluster.session import ray_session
 
