@@ -88,8 +88,8 @@ class Tally:
         line.add(shards)
         self.asked += sum(len(shard.pairs) for shard in shards)
 
-    def take(self, done: Done, seconds: float, idle: float) -> None:
-        """A finished shard, so many seconds after the beginning. `idle`: the share of their time that engines had nothing to do."""
+    def take(self, done: Done) -> None:
+        """A finished shard."""
         receipt: Receipt = done.result
         if receipt.file.rows:
             self._waiting.append(receipt.file)
@@ -98,6 +98,9 @@ class Tally:
         self.made += receipt.file.rows
         self.skipped += receipt.skipped
         self.quarantined += receipt.file.quarantined
+
+    def tell(self, seconds: float, idle: float) -> None:
+        """Shows progress, so many seconds after the beginning. `idle`: the share of their time that engines had nothing to do."""
         self.progress(self.made + self.skipped, self.asked, self._pace(seconds, idle))
 
     def commit(self, now: bool = False) -> None:
@@ -154,12 +157,15 @@ class Idle:
         self._time: dict[Fleet, float] = defaultdict(float)
         """Seconds that the engines of a fleet were busy, of those that are known."""
 
-    def take(self, done: Done) -> float:
-        """A finished shard. Returns the share for the engines of its line together."""
+    def take(self, done: Done) -> None:
+        """A finished shard."""
         fleet, now = done.line.fleet(), time.monotonic() - self._began
         self._busy[fleet] += done.usage.busy_seconds
         self._time[fleet] += now - self._known[fleet, done.engine]
         self._known[fleet, done.engine] = now
+
+    def share(self, fleet: Fleet) -> float:
+        """The share for the engines of a fleet together."""
         return max(0.0, 1 - self._busy[fleet] / max(self._time[fleet], 1e-9))
 
 
@@ -174,10 +180,16 @@ class Wall:
 def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> Wall:
     """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others."""
     started = full = heard = told = time.monotonic()
-    idle = Idle()
+    idle, fresh = Idle(), set[Line]()
+
+    def tell() -> None:
+        for line in fresh:  # what came together is told together: the time of one shard may have come with another one of its engine
+            lines[line].tell(heard - started, idle.share(line.fleet()))
+        fresh.clear()
 
     def commit(all_busy: bool) -> None:
         nonlocal full, told
+        tell()
         for tally in lines.values():
             tally.commit()
         now = time.monotonic()
@@ -192,8 +204,11 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
             heard = time.monotonic()
             if follow:
                 follow(done)
-            lines[done.line].take(done, heard - started, idle.take(done))
+            lines[done.line].take(done)
+            idle.take(done)
+            fresh.add(done.line)
             lines[done.line].commit()
+        tell()
     except (Conflict, Down):
         raise
     except BaseException:
