@@ -238,7 +238,7 @@ def test_a_run_tells_rows_tokens_cache_idle_share_retries_and_what_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
-    regenerate(folder, "generate.temperature=0.9", "generate.engine.fake.drop=0.1", "judge.engine.fake.drop=0.1")
+    regenerate(folder, "generate.temperature=0.9", "generate.engine.fake.drop=0.03", "judge.engine.fake.drop=0.03")
     told = capsys.readouterr().err
     number = r"[\d.,e+]+"
     for stage, unit in (("complete", "completions"), ("judge", "verdicts")):

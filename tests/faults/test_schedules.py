@@ -308,7 +308,7 @@ BUGS: dict[str, list[Change]] = {
 STORMS = {
     "no_checksum_on_read": {"damage_shard": 0.05},
     "no_checksum_anywhere": {"damage_shard": 0.05},
-    "failed_commit_counted": {"pause": 0.03},
+    "failed_commit_counted": {"pause": 0.2},
     "judgement_without_content": {"lose_shard": 0.03},
     "first_judgement_counts": {"lose_shard": 0.03},
 }
@@ -316,12 +316,12 @@ STORMS = {
 SHOWN = {
     "unconditional_put": 9,
     "put_without_reading_back": 9,
-    "no_checksum_on_read": 30,
+    "no_checksum_on_read": 33,
     "no_fencing": 9,
-    "claim_behind_a_second_look": 14,
-    "lease_never_renewed": 18,
-    "failed_commit_counted": 70,
-    "judgement_without_content": 6,
+    "claim_behind_a_second_look": 54,
+    "lease_never_renewed": 62,
+    "failed_commit_counted": 8,
+    "judgement_without_content": 12,
 }
 """Bug -> the first schedule that showed it, where it is not one of the first."""
 
