@@ -33,7 +33,7 @@ test: setup ## all tests but the soak tests; the chain runs beside the others
 	.venv/bin/pytest -m "not soak" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quick: setup ## the tests that start no engine and no server, under two minutes
-	.venv/bin/pytest -m "not slow and not chain and not soak"
+	.venv/bin/pytest -m "not slow and not chain and not soak" --numprocesses 2
 
 soak: setup ## the tests that take many minutes: interruptions in every stage, both doors from nothing
 	.venv/bin/pytest -m "soak and not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder
