@@ -118,7 +118,7 @@ class EngineConfig(BaseModel):
     attempts: int = Field(5, ge=1, title="Attempts", description="Tries of a request that is not answered, before its row is quarantined.")
     request_seconds: float = Field(3600, gt=0, title="Request time", description="A request that takes longer is asked again.")
     start_seconds: float = Field(
-        1800, gt=0, title="Start", description="The run ends when no engine is there for so long, though it may have the machines for one."
+        1800, gt=0, title="Start", description="The run ends when no engine is there for so long: they die, or their machine is gone."
     )
     stuck_seconds: float = Field(
         900, gt=0, title="Stuck", description="An engine that answers nothing for so long, with requests to answer, is started again."

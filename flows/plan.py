@@ -28,14 +28,14 @@ CHANGES = ("spec", "model", "template", "sampling")
 
 @dataclass
 class Line:
-    """One stage of one category: rows wanted, rows that are there, runs that a score below the threshold made needless, and why the
-    others have to be made."""
+    """One stage of one category: rows wanted, rows that are there, and why the others have to be made."""
 
     stage: str
     category: str
     wanted: int = 0
     reused: int = 0
     skipped: int = 0
+    """Runs that an earlier score made needless."""
     reasons: Counter[str] = field(default_factory=Counter)
 
     @property

@@ -1,7 +1,7 @@
 """`specmill gc`: finds the files under a root that no ledger and no manifest names: shards of killed runs, superseded ones, half a dataset.
 
 It lists, which no run relies on to know what counts. It claims the ledgers while it looks, so no run commits what it is about to
-remove, and it leaves young files alone: a training run or a publication under way is named by nothing yet.
+remove, and it leaves young files alone: an interrupted training run goes on from them, a publication under way is named by nothing yet.
 """
 
 import time
@@ -65,5 +65,6 @@ def _inside(folder: str, manifest: dict[str, Any]) -> list[str]:
 
 
 def stages(store: Store) -> list[str]:
-    """Everything that has a ledger."""
-    return [file.removesuffix("/ledger/00000000.json") for depth in ("*", "*/*") for file in store.glob(f"{depth}/ledger/00000000.json")]
+    """Everything that has a ledger, but for what is finished: a checkpoint with a manifest is written no more."""
+    found = [file.removesuffix("/ledger/00000000.json") for depth in ("*", "*/*") for file in store.glob(f"{depth}/ledger/00000000.json")]
+    return [stage for stage in found if not store.exists(f"{stage}/manifest.json")]

@@ -54,13 +54,18 @@ class Candidates:
     @property
     def score(self) -> npt.NDArray[np.int8]:
         """The minimum over k runs; 0 unless all runs have a score: a missing verdict is missing data."""
-        return np.where((self.scores > 0).all(axis=1), self.scores.min(axis=1), 0)
+        return lowest(self.scores)
 
     def drop(self, which: npt.NDArray[Any] | int, reason: str) -> None:
         """Takes completions out for a reason."""
         if reason not in self.reasons:
             self.reasons.append(reason)
         self.reason[which] = self.reasons.index(reason)
+
+
+def lowest(scores: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """The score of each row of (completion, run); 0 where a run has none."""
+    return np.where((scores > 0).all(axis=1), scores.min(axis=1), 0)
 
 
 def select(found: Candidates, config: SelectConfig) -> None:
@@ -70,7 +75,7 @@ def select(found: Candidates, config: SelectConfig) -> None:
         left = np.flatnonzero(found.kept & (found.category == category))
         scores = found.scores[left]
         found.drop(left[((scores > 0) & (scores < config.limit(name))).any(axis=1)], "below_threshold")
-        score = found.score[left]
+        score = lowest(scores)
         found.drop(left[found.kept[left] & (score == 0)], "judgement_missing")
         _rank(found, left[np.lexsort((found.sample[left], -score))], per_prompt, config)
 

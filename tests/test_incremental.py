@@ -21,7 +21,7 @@ from flows.plan import Estimate, Line, describe_plan, plan
 from flows.steps import _made_once
 from flows.workspace import prepare, survey
 from tasks import progress
-from tasks.garbage import garbage
+from tasks.garbage import garbage, stages
 from tasks.ledger import Ledger
 from tasks.store import Store
 from tasks.tombstones import delete_prompt
@@ -232,6 +232,10 @@ def test_a_second_run_does_not_make_what_the_first_is_making(folder: Path) -> No
     with Ledger(run.store, "checkpoints/sft-1").writing(3), pytest.raises(UserError, match=r"another run.*checkpoints/sft-1"):
         _made_once(run, "checkpoints/sft-1", lambda: None, lambda: pytest.fail("it trains beside the first"))
     assert _made_once(run, "checkpoints/sft-1", lambda: None, lambda: "trained") == "trained"
+    assert "checkpoints/sft-1" in stages(run.store)
+    run.store.put("checkpoints/sft-1/manifest.json", b"{}")
+    assert "checkpoints/sft-1" not in stages(run.store), "what is finished is claimed by nobody"
+    run.store.delete("checkpoints/sft-1/manifest.json")
 
 
 def test_a_run_tells_rows_tokens_cache_idle_share_retries_and_what_is_left(

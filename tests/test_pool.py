@@ -1,8 +1,15 @@
 """How work is handed out: prefixes stay with an engine, idle engines help, and the end of the work is shared."""
 
-import numpy as np
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
-from cluster.fleet import Fleet, Line, Stage
+import numpy as np
+import pytest
+
+from cluster.fleet import Done, Fleet, Line, Stage
+from cluster.serving import Usage
+from tasks import work
 from tasks.work import Pairs
 
 TEXT = Stage(run=None, size=len, prefix=lambda shard: shard[0], split=lambda shard: [shard[: len(shard) // 2], shard[len(shard) // 2 :]])
@@ -26,6 +33,33 @@ def test_a_shard_is_cut_when_little_is_left_and_nothing_of_it_is_lost() -> None:
     assert line.take(fleet, 0, 3).shard == "ab"
     assert line.waiting == 6
     assert sorted(line.take(fleet, 0, 100).shard for _ in range(2)) == ["cd", "efgh"]
+
+
+def test_the_idle_share_counts_each_engine_until_its_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 4.0, 10.0, 10.0])
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    fleet = Fleet([], capacity=8)
+    line, idle = Line(TEXT, lambda: fleet), work.Idle()
+    idle.take(Done(line, "a", None, Usage(busy_seconds=3.0), engine=0))
+    assert idle.share(fleet) == pytest.approx(1 / 4), "of engine 1 nothing is known"
+    idle.take(Done(line, "b", None, Usage(busy_seconds=10.0), engine=1))
+    idle.take(Done(line, "c", None, Usage(busy_seconds=5.0), engine=0))
+    assert idle.share(fleet) == pytest.approx(2 / 20)
+
+
+def test_a_silence_is_told_and_how_long_it_has_lasted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+
+    def nothing_comes(lines: list[Line], tick: Callable[[bool], None]) -> Iterator[Done]:
+        for _ in range(700):
+            clock[0] += 1.0
+            tick(True)
+        yield from ()
+
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(work, "run", nothing_comes)
+    work.work({})
+    assert re.findall(r"no shard was finished in the last (\d+) s", capsys.readouterr().err) == ["301", "602"]
 
 
 def test_pairs_are_halved_between_rows_and_only_then_within_one() -> None:

@@ -1,5 +1,6 @@
 """Seed prompts: the shipped set, reading without losing a row, and the split by scenario group."""
 
+import copy
 import itertools
 import json
 import re
@@ -14,7 +15,7 @@ from tasks.prompt_parts import PART_ROWS
 from tasks.prompt_set import PromptSet, load_prompts
 from tasks.prompts import CELLS, CapabilityRow, Prompt, named_split, read_rows
 from tasks.sources import source_files
-from tasks.store import Store
+from tasks.store import Corrupt, Store
 
 SPECS = Path(__file__).parent.parent / "specs"
 POLICY = load_policy(SPECS / "policies" / "base")
@@ -104,6 +105,15 @@ def test_a_part_that_is_gone_or_cut_short_is_made_again(tmp_path: Path, content:
     if content:
         lost.write_bytes(content)
     assert [prompt.id for prompt in loaded(tmp_path, rows).prompts("sft")] == [row["id"] for row in rows]
+
+
+def test_a_part_that_holds_other_prompts_than_its_manifest_says_is_told(tmp_path: Path):
+    store = Store(str(tmp_path))
+    whole = load_prompts(store, SPECS / "prompts", POLICY)
+    manifest = copy.deepcopy(whole.manifest)
+    manifest["parts"][0]["splits"]["sft"] += 1
+    with pytest.raises(Corrupt, match=r"prompts of the split 'sft', not \d+"):
+        list(PromptSet(store, whole.path, manifest).prompts("sft"))
 
 
 def test_prompts_are_read_once_and_again_when_they_change(tmp_path: Path):
