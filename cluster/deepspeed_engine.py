@@ -2,17 +2,19 @@
 
 Every method is SPMD: all ranks call it in the same order, under Ray Train, torchrun or alone in one process. Promises: a
 step's gradient is the mean over all learnt tokens of all ranks, however they are cut into micro-batches; a packed forward
-gives each row the logits it has alone; what leaves the engine (`export`, `named_weights`) is a plain full model, whatever the
-ZeRO stage, with adapters merged into a copy. On a CPU nothing is compiled.
+gives each row the scores it has alone; a step whose loss is no number changes nothing; what leaves the engine (`export`,
+`named_weights`) is a plain full model, whatever the ZeRO stage, with adapters merged into a copy. On a CPU nothing is compiled.
 """
 
+import argparse
+import io
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.errors import SpecmillError, UserError
+from cluster.causal_model import TokenScores, load
+from cluster.errors import Diverged, SpecmillError
 from cluster.models import copy_tokenizer
 from cluster.training_config import TrainingConfig
 
@@ -60,6 +63,10 @@ class Packed(Protocol):
         """Int64 [L], the positions that predict a learnt token; logits are computed for them alone."""
 
     @property
+    def targets(self) -> Tensor:
+        """Int64 [L], the tokens that they predict."""
+
+    @property
     def mask(self) -> Tensor:
         """Float [L], the loss weight of each prediction."""
 
@@ -75,8 +82,6 @@ class TrainingEngine:
     """A causal language model, its optimiser and its learning-rate schedule over `total_steps` steps."""
 
     def __init__(self, model_path: str, config: TrainingConfig, total_steps: int) -> None:
-        if not (Path(model_path) / "config.json").exists():
-            raise UserError(f"model {model_path!r} is not a Hugging Face checkpoint directory; resolve the model's name first.")
         self.model_path = model_path
         self.config = config
         self.device = _join_process_group()
@@ -84,12 +89,15 @@ class TrainingEngine:
         self._reference: torch.nn.Module | None = None
         self._engine = _build(model_path, config, total_steps, self.device)
 
-    def step(self, micro_batches: Sequence[Batch], loss_fn: Callable[[Tensor, Batch], TokenLoss]) -> dict[str, float]:
+    def step(
+        self, micro_batches: Sequence[Batch], loss_fn: Callable[[TokenScores, Batch], TokenLoss], temperature: float = 1.0
+    ) -> dict[str, float]:
         """One optimiser step over this rank's micro-batches (equally many on every rank; dummies have an all-zero mask).
 
-        `loss_fn(logits [L, V], micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all
-        micro-batches of all ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks.
-        Returns those means with `tokens`, `gradient_norm` and `learning_rate`, the same on every rank.
+        `loss_fn(scores, micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all micro-batches of all
+        ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks. Returns those means with `tokens`
+        (N_global), `gradient_norm` and `learning_rate`, the same on every rank. Raises Diverged, on every rank and with the weights as they
+        were, when loss or gradient is no number.
         """
         tokens = self._count_tokens(micro_batches)
         learning_rate = self._engine.get_lr()[0]
@@ -97,38 +105,45 @@ class TrainingEngine:
         self._engine.train()
         for micro_batch in micro_batches:
             batch = micro_batch.to(self.device)
-            answer = loss_fn(self._forward(self._engine, batch), batch)
+            answer = loss_fn(_scores(self._engine, batch, temperature), batch)
             loss = (answer.loss * batch.mask).sum()
             self._engine.backward(loss * (self.world_size / tokens))
             for name, value in {"loss": answer.loss.detach(), **answer.stats}.items():
                 sums[name] = sums.get(name, 0.0) + (value.double() * batch.mask).sum()
-        self._engine.step()
         means = torch.stack(list(sums.values())) / tokens
         dist.all_reduce(means)
         metrics = dict(zip(sums, means.tolist(), strict=True))
         if not math.isfinite(metrics["loss"]):
-            raise SpecmillError(f"the training loss became {metrics['loss']}; lower training.learning_rate or use float32.")
+            raise Diverged(f"the training loss became {metrics['loss']}; lower training.learning_rate or use float32.")
+        self._engine.step()
         norm = self._engine.get_global_grad_norm()  # None at ZeRO-0
         return {**metrics, "tokens": tokens, "gradient_norm": float(norm or 0.0), "learning_rate": learning_rate}
 
-    def evaluate(self, micro_batches: Sequence[Batch], fn: Callable[[Tensor, Batch], Answer], *, reference: bool = False) -> list[Answer]:
-        """`fn(logits [L, V], micro_batch)` of each micro-batch without gradient; at ZeRO-3 equally many on every rank.
+    def evaluate(
+        self,
+        micro_batches: Sequence[Batch],
+        fn: Callable[[TokenScores, Batch], Answer],
+        temperature: float = 1.0,
+        *,
+        reference: bool = False,
+    ) -> list[Answer]:
+        """`fn(scores, micro_batch)` of each micro-batch without gradient; at ZeRO-3 equally many on every rank.
 
-        With `reference` the logits are those of the model as it was before any step: the adapters are switched off, or, without
+        With `reference` the scores are those of the model as it was before any step: the adapters are switched off, or, without
         adapters, every rank holds a second, frozen copy of the weights.
         """
         self._engine.eval()
         model: torch.nn.Module = self._engine
         without_adapters: AbstractContextManager[Any] = nullcontext()
         if reference and self.config.lora_rank:
-            without_adapters = self._engine.module.disable_adapter()
+            without_adapters = self._engine.module.model.disable_adapter()
         elif reference:
             model = self._reference_model()
         answers = []
         with torch.no_grad(), without_adapters:
             for micro_batch in micro_batches:
                 batch = micro_batch.to(self.device)
-                answers.append(fn(self._forward(model, batch), batch))
+                answers.append(fn(_scores(model, batch, temperature), batch))
         return answers
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
@@ -138,16 +153,42 @@ class TrainingEngine:
             (Path(directory) / "state.json").write_text(json.dumps({"ranks": self.world_size, "state": state}))
 
     def load(self, directory: str | Path) -> dict[str, Any]:
-        """Continues from a directory that holds the shares of all ranks; returns the state that was saved with them."""
+        """Continues from a directory that holds the shares of all ranks; returns the state that was saved with them.
+
+        Another number of ranks than it was saved with is fine: the shares are converted to DeepSpeed's universal checkpoint first.
+        """
         record = json.loads((Path(directory) / "state.json").read_text())
-        if record["ranks"] != self.world_size:
-            raise UserError(
-                f"this run was saved with {record['ranks']} ranks and resumes with {self.world_size}; ZeRO shares do not fit. "
-                f"Set ranks to {record['ranks']}, or start a new run from an exported checkpoint."
-            )
-        self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self.config.lora_rank)
+        if record["ranks"] == self.world_size or not self.config.zero_stage:
+            self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self.config.lora_rank)
+        else:
+            self._load_universal(Path(directory))
         state: dict[str, Any] = record["state"]
         return state
+
+    def _load_universal(self, directory: Path) -> None:
+        """Loads what another number of ranks saved, through a copy on each machine's disk that is sorted by weights."""
+        with tempfile.TemporaryDirectory(prefix="universal-") as place:
+            name: list[str] = [place]
+            dist.broadcast_object_list(name)
+            folder, failed = Path(name[0]), ""
+            if int(os.environ["LOCAL_RANK"]) == 0:
+                try:
+                    folder.mkdir(exist_ok=True)
+                    _convert(directory / TAG, folder / TAG)
+                except Exception as error:  # the peers have to hear of it, or they would wait for ever
+                    failed = f"{type(error).__name__}: {error}"
+            failures: list[str] = [""] * self.world_size
+            dist.all_gather_object(failures, failed)
+            if any(failures):
+                raise SpecmillError(f"a checkpoint of another number of ranks could not be converted: {next(filter(None, failures))}")
+            self._engine._config.load_universal_checkpoint = True
+            try:
+                self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self.config.lora_rank)
+            finally:
+                self._engine._config.load_universal_checkpoint = False
+            for state in self._engine.basic_optimizer.state.values():  # the loader shares one counter among weights, on the CPU
+                state["step"] = state["step"].to(state["exp_avg"].device, torch.float32, copy=True)
+            dist.barrier()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, CPU tensor) of every weight in the training dtype; tied weights once, adapters merged.
@@ -156,7 +197,7 @@ class TrainingEngine:
         """
         import deepspeed
 
-        module = self._engine.module
+        module = self._engine.module.model
         adapted = [layer for layer in module.modules() if hasattr(layer, "get_delta_weight")]
         adapters = {id(layer.get_base_layer().weight): layer for layer in adapted}
         seen: set[int] = set()
@@ -186,8 +227,7 @@ class TrainingEngine:
             target.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".exporting-"))
             try:
-                base = self._engine.module.get_base_model() if self.config.lora_rank else self._engine.module
-                base.save_pretrained(work, state_dict=weights)
+                self._engine.module.plain.save_pretrained(work, state_dict=weights)
                 copy_tokenizer(Path(self.model_path), work)
                 for file in beside:
                     shutil.copyfile(file, work / file.name)
@@ -200,12 +240,6 @@ class TrainingEngine:
             for _ in self.named_weights():
                 pass
         dist.barrier()
-
-    def _forward(self, model: torch.nn.Module, batch: Packed) -> Tensor:
-        # The one form in which transformers keeps packed rows apart: a mask of ones or a cache would silently mix them.
-        output = model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], logits_to_keep=batch.learnt, use_cache=False)
-        logits: Tensor = output.logits[0]
-        return logits
 
     def _count_tokens(self, micro_batches: Sequence[Packed]) -> float:
         """Sum of all masks of all ranks; an unequal number of micro-batches is an error here instead of a hang later."""
@@ -221,7 +255,7 @@ class TrainingEngine:
 
     def _reference_model(self) -> torch.nn.Module:
         if self._reference is None:
-            self._reference = _load(self.model_path, self.config).to(self.device).eval().requires_grad_(False)
+            self._reference = load(self.model_path, self.config).to(self.device).eval().requires_grad_(False)
         return self._reference
 
 
@@ -259,17 +293,7 @@ def _build(model_path: str, config: TrainingConfig, total_steps: int, device: to
 
     settings = config.deepspeed_settings(on_gpu=device.type == "cuda")
     torch.manual_seed(config.seed)
-    model: Any = _load(model_path, config, settings if config.zero_stage == 3 else None)
-    if config.gradient_checkpointing:
-        # ZeRO-3 frees weights between forward and recomputation, which only the re-entrant form survives
-        model.gradient_checkpointing_enable({"use_reentrant": config.zero_stage == 3})
-        model.enable_input_require_grads()
-    if config.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        rank = config.lora_rank
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    model = load(model_path, config, settings if config.zero_stage == 3 else None)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[weight for weight in model.parameters() if weight.requires_grad],
@@ -279,28 +303,23 @@ def _build(model_path: str, config: TrainingConfig, total_steps: int, device: to
     return engine
 
 
-def _load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None) -> torch.nn.Module:
-    """The pre-trained model in the training dtype; with ZeRO-3 settings no rank ever holds all of it."""
-    from transformers import AutoModelForCausalLM
+def _scores(model: torch.nn.Module, batch: Packed, temperature: float) -> TokenScores:
+    scores: TokenScores = model(batch.input_ids, batch.position_ids, batch.learnt, batch.targets, temperature)
+    return scores
 
-    dtype = getattr(torch, config.dtype)
-    if zero3_settings is None:
-        whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
-        return whole
-    from accelerate import init_empty_weights
-    from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers shards while it loads for as long as this object lives
-    sharding = HfDeepSpeedConfig(zero3_settings)
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
-    del sharding
-    # DeepSpeed creates every tensor of a sharded model in the training dtype: rotary frequencies in bfloat16 are off by up to
-    # 0.4 %, which moves distant tokens. The computed buffers come from a model that has nothing else.
-    with init_empty_weights(include_buffers=False):
-        exact = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-    stored = model.state_dict()
-    for name, buffer in exact.named_buffers():
-        if name not in stored:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    return model
+def _convert(shares: Path, target: Path) -> None:
+    """Sorts the shares of a checkpoint by weights: DeepSpeed's own converter, which narrates."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = argparse.Namespace(
+        input_folder=str(shares),
+        output_folder=str(target),
+        strict=True,
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        inject_missing_state=True,  # what only models with tensor parallelism save
+    )
+    with redirect_stdout(io.StringIO()):
+        ds_to_universal.main(settings)

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person sees, and the exit code of each."""
+"""The kinds of failure that a person sees, and the exit code of each."""
 
 
 class SpecmillError(Exception):
@@ -11,3 +11,7 @@ class UserError(SpecmillError):
     """The person who started the run has to change something; the message says what. Exit code 2."""
 
     exit_code = 2
+
+
+class Diverged(SpecmillError):
+    """A training run whose loss is no number any more: the same step would end the same way, so nobody tries it again."""

@@ -172,9 +172,13 @@ class Fleet:
 
     def map(self, stage: Stage[ShardT, ResultT], shards: Iterable[ShardT]) -> Iterator[Done[ShardT, ResultT]]:
         """Runs `stage` on every shard and yields them as they finish. Raises SpecmillError when one fails."""
-        line = Line(stage, lambda: self)
+        line = self.line(stage)
         line.add(shards)
         yield from run([line])
+
+    def line(self, stage: Stage[ShardT, ResultT]) -> "Line[ShardT, ResultT]":
+        """A line of this fleet for the shards of a stage."""
+        return Line(stage, lambda: self)
 
     def load_weights(self, path: str, version: int) -> None:
         """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import SpecmillError, UserError
+from cluster.errors import Diverged, SpecmillError, UserError
 
 if TYPE_CHECKING:
     from cluster.deepspeed_engine import TrainingEngine
 
 ABORT_SECONDS = 30.0
 """How long an interrupted run waits for its workers to stop in order."""
+
+FINAL = (UserError, Diverged)
+"""What a worker raises that would be raised again."""
 
 COLLECTIVE_SECONDS = 1800
 """How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
@@ -49,8 +52,10 @@ def run_workers(
 
     `storage` is a directory that all nodes see, or a URI; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
     have another working directory, so paths in `config` are absolute. A worker that dies restarts the whole group, at most
-    `max_failures` times. Raises the UserError that a worker raised, and SpecmillError for every other end.
+    `max_failures` times; a UserError or Diverged ends the run at once. Raises what a worker raised of these, and SpecmillError for every
+    other end.
     """
+    from ray.exceptions import RayActorError
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -80,12 +85,13 @@ def run_workers(
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[_without_retries()],
             worker_runtime_env={"env_vars": environment},
         ),
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayActorError) as error:
         raise _translated(name, error) from error
     except BaseException:
         trainer.stop_workers()
@@ -153,12 +159,26 @@ def _interruptible_trainer() -> Any:
     return InterruptibleTrainer
 
 
+def _without_retries() -> Any:
+    """Ends a run whose workers raise what would come again: Ray Train counts every exception as a failure to be retried."""
+    from ray.train import UserCallback
+    from ray.train.v2.api.exceptions import ControllerError
+
+    class WithoutRetries(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for failure in worker_exceptions.values():
+                if isinstance(failure, FINAL):
+                    raise ControllerError(failure)
+
+    return WithoutRetries()
+
+
 def _translated(name: str, error: Exception) -> SpecmillError:
-    """The worker's own UserError if there is one, else an error that says which rank failed, with the end of its traceback."""
+    """What a worker raised if it is final, else an error that says which rank failed, with the end of its traceback."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
+    for failure in [getattr(error, "controller_failure", None), *failures.values()]:
         cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, UserError):
+        if isinstance(cause, FINAL):
             return cause
     text = "\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())) or str(error)
     return SpecmillError(f"training {name!r} failed for good:\n{text}")

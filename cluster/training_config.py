@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainingConfig(BaseModel):
@@ -50,6 +50,17 @@ class TrainingConfig(BaseModel):
         title="Tokens a micro-batch",
         description="Rows are packed up to this many tokens; it bounds memory and does not change the result.",
     )
+    logit_tokens: int = Field(
+        2048,
+        ge=1,
+        title="Logits at a time",
+        description="Predictions whose logits are in memory at a time; those of longer rows are computed twice. Bounds memory only.",
+    )
+    offload: bool = Field(
+        False,
+        title="Offload",
+        description="ZeRO 2 and 3 on GPUs: optimiser state, and at ZeRO-3 weights, lie in the memory of the host.",
+    )
     lora_rank: int = Field(
         0,
         ge=0,
@@ -63,6 +74,12 @@ class TrainingConfig(BaseModel):
     )
     seed: int = Field(0, title="Seed", description="Seeds adapter initialisation and the order of the data.")
 
+    @model_validator(mode="after")
+    def _offloads_what_is_shared_out(self) -> "TrainingConfig":
+        if self.offload and self.zero_stage < 2:
+            raise ValueError("offload: needs zero_stage 2 or 3")
+        return self
+
     def deepspeed_settings(self, on_gpu: bool) -> dict[str, Any]:
         """DeepSpeed's configuration of one rank."""
         return {
@@ -72,7 +89,7 @@ class TrainingConfig(BaseModel):
             "managed_gradient_accumulation": False,
             "gradient_clipping": self.gradient_clipping,
             "bf16": {"enabled": self.dtype == "bfloat16"},
-            "zero_optimization": {"stage": self.zero_stage, "overlap_comm": on_gpu and self.zero_stage >= 2},
+            "zero_optimization": self._zero(on_gpu),
             # torch's AdamW: DeepSpeed's own would be compiled first, on a GPU by nvcc.
             "optimizer": {
                 "type": "AdamW",
@@ -81,6 +98,13 @@ class TrainingConfig(BaseModel):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
+
+    def _zero(self, on_gpu: bool) -> dict[str, Any]:
+        settings: dict[str, Any] = {"stage": self.zero_stage, "overlap_comm": on_gpu and self.zero_stage >= 2}
+        if self.offload:
+            host = {"device": "cpu", "pin_memory": on_gpu}
+            settings |= {"offload_optimizer": host} | ({"offload_param": host} if self.zero_stage == 3 else {})
+        return settings
 
     def rate_factor(self, total_steps: int) -> Callable[[int], float]:
         """Share of the peak learning rate in step number `step` (from 0): linear warm-up, then the configured course."""

@@ -113,6 +113,8 @@ class VllmEngine:
             raise EngineDied(str(error)) from error
         except EngineGenerateError as error:
             raise Unavailable(f"vLLM failed: {error.__cause__ or error}") from error
+        if result is None or result.outputs[0].finish_reason == "abort":
+            raise Unavailable("vLLM gave the request up, because it took other weights")
         drawn = result.outputs[0]
         ids = list(drawn.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(ids, drawn.logprobs, strict=True)] if drawn.logprobs else []
@@ -120,11 +122,16 @@ class VllmEngine:
         return Completion(text, reason, len(prompt), cached, len(ids), prompt, ids, logprobs)
 
     async def load_weights(self, path: str, version: int) -> None:
-        """Replaces the weights by those of a safetensors file or checkpoint directory and forgets the prefix cache."""
+        """Replaces the weights by those of a safetensors file or checkpoint directory and forgets the prefix cache.
+
+        What is being drawn is given up: a trainer that died while it waited for answers leaves requests behind, and a step between two
+        sets of weights would draw from neither, or end the engine.
+        """
+        await self._engine.pause_generation(mode="abort", clear_cache=True)
         await self._engine.start_weight_update()
         await self._engine.update_weights(_request(update_info={"path": path}))
         await self._engine.finish_weight_update(str(version))
-        await self._engine.reset_prefix_cache()
+        await self._engine.resume_generation()
 
     async def stop(self) -> None:
         """Ends the engine's processes and frees its memory."""

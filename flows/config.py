@@ -16,7 +16,7 @@ from tasks.duplicates import OverlapConfig
 from tasks.evaluate import EvaluateConfig
 from tasks.gates import GateConfig
 from tasks.judge import JudgeConfig
-from tasks.rl import RlConfig
+from tasks.rl_config import RlConfig
 from tasks.select import SelectConfig
 from tasks.sft import UNIMPORTANT, SftConfig
 from tasks.sources import Source, Sources, located

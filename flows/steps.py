@@ -15,6 +15,7 @@ from flows.workspace import Workspace, survey
 from tasks import checkpoints as ckpt
 from tasks import complete, evaluate, judge, rl, sft
 from tasks.checkpoints import Checkpoint
+from tasks.collect import Source
 from tasks.dataset import Dataset, candidates, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import code_version, digest
@@ -119,10 +120,23 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         _clear(store, id)
         path = ckpt.directory(store, id)
         path.mkdir(parents=True, exist_ok=True)
+        judges = [pool for pool in (run.judge if config.rl.asks_judge else None, run.held_out) if pool]
         if config.rl.gpus_per_rank:
-            run.free_gpus(run.policy_engine, run.judge)
-        run.start(run.policy_engine)
-        run.start(run.judge)
+            run.free_gpus(run.policy_engine, *judges)
+        for pool in (run.policy_engine, *judges):
+            run.start(pool)
+        source = Source(
+            job=id,
+            model_path=start.model.path,
+            config=config.rl,
+            prompts=tuple(prompts),
+            specs=run.specs,
+            policy=run.policy_engine.fleet(),
+            judge=run.judge.fleet() if config.rl.asks_judge else None,
+            judge_model=run.judge.model,
+            judge_config=config.judge,
+            held_out=run.held_out.fleet() if run.held_out else None,
+        )
         job = rl.RlJob(
             root=store.root,
             id=id,
@@ -130,12 +144,7 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
             output=str(path / "model"),
             weights_file=str(path / "weights.safetensors"),
             config=config.rl,
-            prompts=tuple(prompts),
-            specs=run.specs,
-            policy=run.policy_engine.fleet(),
-            judge=run.judge.fleet(),
-            judge_model=run.judge.model,
-            judge_config=config.judge,
+            source=source,
             sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
         )
         say(f"  starting {config.rl.ranks} x DeepSpeed ZeRO-{config.rl.training.zero_stage}")

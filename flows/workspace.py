@@ -44,6 +44,8 @@ class Workspace:
     generator: Pool
     judge: Pool
     policy_engine: Pool
+    held_out: Pool | None = None
+    """The judge that rewards nothing, if RL is to have one."""
     dataset: Dataset | None = None
     checkpoints: list[Checkpoint] = field(default_factory=list)
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class Workspace:
 
     def check_keys(self) -> None:
         """Raises UserError when an endpoint's key is not in this process's environment."""
-        for pool in (self.generator, self.judge):
+        for pool in self.pools:
             pool.check_key()
 
     def start(self, pool: Pool, needed: bool = True) -> None:
@@ -126,9 +128,15 @@ class Workspace:
 
     def free_gpus(self, *needed: Pool) -> None:
         """Ends the engines that hold GPUs, but for those of the pools that are needed; training would wait for these GPUs for ever."""
-        for pool in (self.generator, self.judge, self.policy_engine):
+        for pool in self.pools:
             if pool.config.gpus and pool not in needed:
                 pool.close()
+
+    @property
+    def pools(self) -> list[Pool]:
+        """All pools, each once."""
+        pools = (self.generator, self.judge, self.policy_engine, self.held_out)
+        return list({id(pool): pool for pool in pools if pool}.values())
 
     def tell_speed(self, pool: Pool, wall: Wall, tallies: dict[str, Tally]) -> None:
         """Remembers and tells how fast engines of a pool made what."""
@@ -188,7 +196,8 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
     for pool in (generator, judge, *([policy_engine] if trains else [])):
         pool.check_memory()
-    workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine)
+    held_out = Pool(config.rl.held_out) if config.rl.held_out and trains else None
+    workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
     _check(workspace)
     if trains:
         _check_training(workspace)
@@ -210,7 +219,8 @@ def _check(run: Workspace) -> None:
         for category in categories:
             if category not in run.policy.categories:
                 raise UserError(f"{name}: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
-    for stage, engine in (("generate", config.generate.engine), ("judge", config.judge.engine)):
+    engines = {"generate.engine": config.generate.engine, "judge.engine": config.judge.engine}
+    for stage, engine in (engines | ({"rl.held_out": config.rl.held_out} if config.rl.held_out else {})).items():
         _check_host(run, stage, engine)
     if not run.prompts.size("sft"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'sft'. Add scenario groups.")
@@ -222,7 +232,7 @@ def _check_host(run: Workspace, stage: str, engine: EngineConfig) -> None:
     closed = [name for name in sorted({part.category for part in run.prompts.parts}) if host not in run.allowed_hosts(name)]
     if host and closed:
         raise UserError(
-            f"{stage}.engine.endpoint: the run file does not allow sending {', '.join(closed)} to {host}. Add the host to `sent_to` "
+            f"{stage}.endpoint: the run file does not allow sending {', '.join(closed)} to {host}. Add the host to `sent_to` "
             "of each category that may leave this machine, or take the prompts of the others out."
         )
 
@@ -242,6 +252,11 @@ def _check_training(run: Workspace) -> None:
     if run.prompts.size("rl") < config.rl.prompts_per_step:
         wanted = config.rl.prompts_per_step
         raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. {few}")
+    cells = {prompt.cell for prompt in run.split("rl")}
+    if missing := sorted(set(config.rl.mix) - cells):
+        raise UserError(f"rl.mix: the RL split has no prompts of the cell {', '.join(missing)}; it has {', '.join(sorted(cells))}.")
+    if {cell for cell in cells if config.rl.mix.get(cell, not config.rl.mix)} == {"violation"}:
+        say("  rl         draws harmful prompts only: models learn to refuse without a thought. Add prompts of other cells, or see rl.mix.")
     if not run.prompts.size("eval"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
@@ -270,6 +285,6 @@ def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
         found = f"{overlap['near_duplicates']} near-duplicates, {overlap['contaminated']} like evaluation prompts"
         say(f"  overlap: {found}, {overlap['dropped']} dropped (`specmill prompts check` shows them)")
     stack.enter_context(ray_session())
-    for pool in {id(pool): pool for pool in (workspace.generator, workspace.judge, workspace.policy_engine)}.values():
+    for pool in workspace.pools:
         stack.enter_context(pool)
     return workspace

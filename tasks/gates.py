@@ -47,11 +47,24 @@ class GateConfig(Strict):
 
 def answer_kind(answer: str) -> AnswerKind:
     """Whether an English answer is a refusal: short, with an inability, and either an apology or what the assistant will not do."""
-    text = answer.replace("\u2019", "'")
+    text = _straight(answer)
     if len(_WORD.findall(text)) > REFUSAL_WORDS:
         return "answer"
-    apologises = _APOLOGY.search(text) and _INABILITY.search(text)
-    return "refusal" if apologises or _REFUSES_TO.search(text) else "answer"
+    return "refusal" if (apologises(text) and unable(text)) or _REFUSES_TO.search(text) else "answer"
+
+
+def apologises(answer: str) -> bool:
+    """Whether an English answer says that it is sorry."""
+    return _APOLOGY.search(answer) is not None
+
+
+def unable(answer: str) -> bool:
+    """Whether an English answer says that something cannot or will not be done."""
+    return _INABILITY.search(_straight(answer)) is not None
+
+
+def _straight(text: str) -> str:
+    return text.replace("\u2019", "'")
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,22 @@
-"""Per-token losses, advantages and the KL penalty. Pure torch.
+"""Losses of SFT, RL and preference learning, and the KL penalty. Pure torch.
 
-Every function works on flat tensors of T predictions (`tasks.batch.MicroBatch`). A loss is returned *per token and unweighted*,
-zero where the mask is zero; nothing here divides. The engine multiplies by the mask and divides once, by the token count of the
+Every function works on flat tensors of L predictions (`tasks.batch.MicroBatch`). A loss is returned *per token and unweighted*,
+zero where the mask is zero; nothing here divides. The engine multiplies by the mask and divides once, by the sum of the masks of the
 whole step over all ranks (`cluster.deepspeed_engine.TrainingEngine.step`), so a row weighs the same however it was packed.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.causal_model import TokenScores
+
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """loss: float [T] with gradient. stats: name -> float [T] without; the engine reports their means over the mask."""
+    """loss: float [L] with gradient. stats: name -> float [L] without; the engine reports their means over the mask."""
 
     loss: Tensor
     stats: dict[str, Tensor]
@@ -25,58 +26,32 @@ class TokenLoss:
         return TokenLoss(self.loss + coefficient * other.loss, {**self.stats, **other.stats})
 
 
-@dataclass(frozen=True)
-class Advantages:
-    """values: float [groups, k], 0 where there is no signal. zero_spread: bool [groups], groups that teach nothing."""
-
-    values: Tensor
-    zero_spread: Tensor
-
-    @property
-    def effective_groups(self) -> int:
-        """Groups whose samples differ in reward."""
-        return int((~self.zero_spread).sum())
-
-
-AdvantageKind = Literal["grpo", "dr_grpo", "rloo"]
-
-
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(target) under the distribution that was sampled from: logits [T, V] / temperature, in float32 -> [T]."""
-    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
-
-
-def nll(logits: Tensor, targets: Tensor, mask: Tensor) -> TokenLoss:
-    """Negative log-likelihood of the learnt tokens: logits [T, V], targets [T], mask [T].
+def nll(scores: TokenScores, mask: Tensor) -> TokenLoss:
+    """Negative log-likelihood of the learnt tokens: scores and mask [L].
 
     The statistic `accuracy` is the share of learnt tokens that are the model's first choice.
     """
-    loss = _where(mask, -token_logprobs(logits, targets))
-    hits = (logits.detach().argmax(-1) == targets).float()
-    return TokenLoss(loss, {"accuracy": _where(mask, hits)})
+    return TokenLoss(_where(mask, -scores.logp), {"accuracy": _where(mask, scores.top), "entropy": _where(mask, scores.entropy)})
 
 
-def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Advantages:
-    """Advantages of k samples of the same prompt: rewards float [groups, k], NaN = not scored (it gets advantage 0).
+def dpo(logp: Tensor, reference_logp: Tensor, row: Tensor, mask: Tensor, beta: float) -> TokenLoss:
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290, equation 7) of packed pairs, all arguments [L].
 
-    grpo: (r - mean) / std with the sample standard deviation (DeepSeekMath, arXiv 2402.03300, section 4.1).
-    dr_grpo: r - mean (arXiv 2503.20783, section 3). rloo: r - mean of the others (arXiv 2402.14740).
-    A group with no spread, or with fewer than two scores, gets 0 and is reported; nothing is divided by an epsilon.
+    Rows 2i and 2i + 1 of the micro-batch are the chosen and the rejected completion of pair i; `row` says which row a token belongs to.
+    Each pair has weight 1, on the first token of its chosen row: `mask` is 1 there and 0 elsewhere, so that the engine divides by the
+    number of pairs. `reference_logp` is what the starting weights say. Statistics: share of pairs that the policy orders as the judge
+    does against the reference (`accuracy`), and the implicit rewards beta log(pi / reference) of both completions.
     """
-    scored = ~rewards.isnan()
-    count = scored.sum(1, keepdim=True)
-    filled = torch.where(scored, rewards, 0.0)
-    others = (count - 1).clamp(min=1)
-    mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(scored, rewards - mean, 0.0)
-    spread = (centred.square().sum(1, keepdim=True) / others).sqrt()
-    # a constant group's mean is not exact in floating point, so its deviations are tiny instead of zero
-    flat = (count < 2) | (spread <= 1e-6 * mean.abs().clamp(min=1.0))
-    if kind == "grpo":
-        centred = centred / torch.where(flat, 1.0, spread)
-    elif kind == "rloo":
-        centred = centred * count / others
-    return Advantages(torch.where(flat, 0.0, centred), flat.squeeze(1))
+    sums = logp.new_zeros(int(row.max()) + 1).index_add(0, row, logp - reference_logp)
+    first = mask > 0
+    if not first.any():
+        nothing = logp * 0.0
+        return TokenLoss(nothing, {name: nothing.detach() for name in ("accuracy", "chosen_reward", "rejected_reward")})
+    chosen, rejected = beta * sums[0::2], beta * sums[1::2]
+    pair = row // 2
+    margin = (chosen - rejected)[pair]
+    stats = {"accuracy": (margin > 0).float(), "chosen_reward": chosen[pair], "rejected_reward": rejected[pair]}
+    return TokenLoss(_where(mask, -F.logsigmoid(margin)), {name: _where(mask, value.detach()) for name, value in stats.items()})
 
 
 def policy_gradient(
@@ -88,7 +63,7 @@ def policy_gradient(
     clip: tuple[float, float] = (0.2, 0.28),
     tis_cap: float = 2.0,
 ) -> TokenLoss:
-    """Clipped policy gradient with truncated importance sampling; all arguments float [T], gradient flows through `logp` only.
+    """Clipped policy gradient with truncated importance sampling; all arguments float [L], gradient flows through `logp` only.
 
     Three policies are kept apart: `rollout_logp` is what the sampling engine said, `old_logp` what the trainer's weights said
     before the update (pass `logp.detach()` when there is one update a rollout), `logp` what they say now.
@@ -113,7 +88,7 @@ def policy_gradient(
 
 
 def reference_kl(logp: Tensor, old_logp: Tensor, reference_logp: Tensor, mask: Tensor) -> TokenLoss:
-    """Ratio-weighted k3 estimate of KL(pi || reference), all float [T]: r (exp(d) - d - 1) with d = log reference - log pi.
+    """Ratio-weighted k3 estimate of KL(pi || reference), all float [L]: r (exp(d) - d - 1) with d = log reference - log pi.
 
     k3 is Schulman's "Approximating KL divergence" (2020). Used as a loss without the weight r = pi/pi_old its gradient is
     biased; with it the gradient is that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, equation 7). The statistic is the

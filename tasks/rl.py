@@ -1,87 +1,48 @@
-"""RL: GRPO with rollouts from a vLLM engine, reward from a judge that never sees the thought, weights pushed and verified each step.
+"""RL: GRPO and its relatives on rollouts from vLLM engines, rewarded by a judge that never sees the thought.
 
-`rl_loop` is the whole job, run by every rank: push weights, draw, judge, write the rollouts, learn. The rollouts of a step are written once
-(`rollouts` ledger); a run that is started again reads them and draws nothing twice.
+`rl_loop` is the whole job, run by every rank: push weights, draw and judge, write the rollouts, learn. The rollouts of a step are written
+once (`rollouts` ledger); a run that is started again reads them and draws nothing twice, and `replay` trains from them without an engine.
 """
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from pydantic import Field
 
+from cluster.causal_model import TokenScores
 from cluster.deepspeed_engine import TrainingEngine
-from cluster.errors import SpecmillError
-from cluster.fleet import Fleet
-from cluster.models import Model
+from cluster.errors import Diverged, SpecmillError
 from cluster.training import report, resume, run_workers
-from cluster.training_config import TrainingConfig
 from cluster.weight_transfer import write_weights
 from tasks import tables
+from tasks.advantages import spread_over_tokens
 from tasks.batch import MicroBatch, Row, micro_batches
-from tasks.judge import JudgeConfig
-from tasks.keys import KEY_BYTES, digest
+from tasks.collect import Collected, PromptOrder, Source, collect, prompt_seed, trained
 from tasks.ledger import Ledger
-from tasks.losses import AdvantageKind, TokenLoss, group_advantages, policy_gradient, reference_kl, token_logprobs
-from tasks.policy import Spec
+from tasks.losses import TokenLoss, policy_gradient, reference_kl
 from tasks.progress import Progress
-from tasks.prompts import Prompt
-from tasks.rollout import DRAW, Drawn, DrawShard, blind_shards, in_parts, reward, verdicts_of
+from tasks.rl_config import RlConfig
+from tasks.rl_metrics import alarms, describe
+from tasks.rollout import DRAW, DrawShard
 from tasks.store import Store
-from tasks.thoughts import Malformed
-from tasks.training_log import append_line, followed, keep_lines, last_line
-from tasks.validation import Strict
+from tasks.training_log import TrainingLog, followed, last_line, read_lines
 
 STAGE = "rollouts"
-FLOOR = 0.0
-"""Reward of a completion that no judge is shown: truncated, or without exactly one closed thought."""
 PROBE_TOKENS = 16
 """How many tokens of each engine tell whether it took the last weights."""
-
-
-class RlTrainingConfig(TrainingConfig):
-    """How weights are updated in RL: in far smaller steps than in SFT."""
-
-    learning_rate: float = Field(1e-6, gt=0, title="Learning rate", description="Peak learning rate of AdamW.")
-
-
-class RlConfig(Strict):
-    """How the policy learns from its own answers."""
-
-    steps: int = Field(2, ge=1, title="Steps", description="Optimiser steps; each draws fresh rollouts.")
-    prompts_per_step: int = Field(8, ge=1, title="Prompts per step", description="Groups of a step.")
-    rollouts_per_prompt: int = Field(4, ge=2, title="Rollouts per prompt", description="Size of a group; advantages compare within it.")
-    max_tokens: int = Field(1024, ge=16, title="Rollout length", description="Longest rollout, in tokens; a cut one gets the floor.")
-    temperature: float = Field(1.0, gt=0, le=2, title="Temperature", description="Sampling temperature of rollouts.")
-    judge_runs: int = Field(1, ge=1, title="Judge runs", description="Blind judge runs per answer; the reward is their mean.")
-    kl: float = Field(0.02, ge=0, title="KL weight", description="Weight of the ratio-weighted KL to the checkpoint RL starts from.")
-    clip_low: float = Field(0.2, gt=0, lt=1, title="Lower clip", description="Lower bound of the ratio.")
-    clip_high: float = Field(0.28, gt=0, title="Upper clip", description="Upper bound of the ratio (clip-higher).")
-    advantage: AdvantageKind = Field(
-        "grpo", title="Advantage", description="grpo: spread of the group divided out; dr_grpo: not; rloo: against the mean of the others."
-    )
-    sync_tolerance: float | None = Field(
-        None,
-        gt=0,
-        title="Sync tolerance",
-        description="Largest mean difference of log-probabilities between trainer and engine; by default that of their precision.",
-    )
-    seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
-    ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; fixed for the life of a run.")
-    cpus_per_rank: float = Field(1.0, gt=0, title="CPUs a rank", description="What Ray sets aside for each rank.")
-    gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
-    training: RlTrainingConfig = Field(RlTrainingConfig(), title="Training", description="DeepSpeed settings.")
+KL_STEP, KL_BOUND = 0.1, 0.2
+"""How fast the weight of the KL follows its target, and the largest error that counts (Ziegler et al., arXiv 1909.08593, section 2.2)."""
 
 
 @dataclass(frozen=True)
 class RlJob:
-    """Everything that a rank needs. `policy` receives weights and never judges; `judge` keeps its weights for the whole run."""
+    """Everything that a rank needs. Without a `source` of rollouts they are those that lie under the root: a replay."""
 
     root: str
     id: str
@@ -89,12 +50,7 @@ class RlJob:
     output: str
     weights_file: str
     config: RlConfig
-    prompts: tuple[Prompt, ...]
-    specs: dict[str, Spec]
-    policy: Fleet
-    judge: Fleet
-    judge_model: Model
-    judge_config: JudgeConfig
+    source: Source | None
     sync_tolerance: float
 
 
@@ -120,51 +76,146 @@ def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict
     return last_line(_log(job))
 
 
+def replay(job: RlJob, storage: str) -> list[dict[str, Any]]:
+    """Trains from the job's recorded rollouts alone, without an engine or a judge; returns its lines, one a step."""
+    train_rl(replace(job, source=None), storage)
+    return read_lines(_log(job))
+
+
 def rl_loop(config: dict[str, Any]) -> None:
     """The SPMD loop: every rank runs it; rank 0 also talks to the engines."""
     job: RlJob = config["job"]
     settings = job.config
     engine = TrainingEngine(job.start_path, settings.training, settings.steps)
-    first = (resume(engine) or {"step": 0})["step"]
-    store = Store(job.root)
-    if engine.rank == 0:
-        keep_lines(_log(job), first)
-    for step in range(first, settings.steps):
+    state = resume(engine) or {"step": 0, "kl": settings.kl}
+    rollouts = Rollouts(job, engine)
+    log = TrainingLog(_log(job), state["step"]) if engine.rank == 0 else None
+    kl = state["kl"]
+    for step in range(state["step"], settings.steps):
+        rows, seconds = rollouts.of(step)
         started = time.monotonic()
-        rows = _agree(_committed(store, job.id, step) if engine.rank == 0 else None)
-        if rows is None:
-            write_weights(job.weights_file, engine.named_weights(), engine.rank)
-            rows = _collect(store, job, step) if engine.rank == 0 else _await(store, job.id, step)
-        collected = time.monotonic()
-        batches, signal = _batches(rows, settings, engine)
-        metrics = engine.step(batches, _loss(engine, batches, settings))
-        _verify_sync(metrics["rollout_mismatch"], job.sync_tolerance, step)
-        scores = [row["reward"] for row in rows if row["reward"] is not None]
-        metrics |= signal | {
-            "step": step,
-            "reward": sum(scores) / max(1, len(scores)),
-            "rollout_seconds": collected - started,
-            "train_seconds": time.monotonic() - collected,
-        }
-        if step + 1 == settings.steps:
-            metrics["last_push_mismatch"] = _last_push(job, engine)
-            _verify_sync(metrics["last_push_mismatch"], job.sync_tolerance, step + 1)
-        if engine.rank == 0:
-            append_line(_log(job), metrics)
-        if step + 1 < settings.steps:  # what follows the last step is the export
-            report(metrics, engine, {"step": step + 1})
+        batches = _batches(trained(rows), settings, engine)
+        try:
+            metrics = engine.step(batches, _loss(engine, batches, settings, kl), settings.temperature)
+        except Diverged as error:
+            prompts = ", ".join(sorted({row["prompt_id"] for row in trained(rows)}))
+            raise Diverged(f"RL step {step}, rollouts of {prompts}: {error}") from error
+        if rows[0]["policy_version"] == step:
+            _verify_sync(metrics["rollout_mismatch"], job.sync_tolerance, step)
+        kl = _steered(kl, metrics.get("reference_kl"), settings.kl_target)
+        metrics |= describe(rows) | seconds | {"step": step, "kl_weight": kl, "train_seconds": time.monotonic() - started}
+        if step + 1 == settings.steps and job.source:
+            metrics["last_push_mismatch"] = rollouts.push(step + 1)
+        if log:
+            found = alarms([*log.lines, metrics])
+            log.append(metrics | ({"alarms": [[alarm.name, alarm.text] for alarm in found]} if found else {}))
+            if found and settings.alarm == "stop":
+                raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop)")
+        if (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps:  # what follows the last step is the export
+            report(metrics, engine, {"step": step + 1, "kl": kl})
     engine.export(job.output)
 
 
-def step_prompts(prompts: Sequence[Prompt], step: int, count: int, seed: int) -> list[Prompt]:
-    """The prompts of a step: whole passes over a shuffle that the seed fixes, one after the other."""
-    ranked = sorted(prompts, key=lambda prompt: digest([seed, prompt.id]))
-    return [ranked[(step * count + number) % len(ranked)] for number in range(count)]
+class Rollouts:
+    """The rollouts of each step for all ranks: rank 0 has them drawn, writes them and reads them; the others read what it wrote."""
 
+    def __init__(self, job: RlJob, engine: TrainingEngine) -> None:
+        self._job, self._engine = job, engine
+        self._store = Store(job.root)
+        self._ledger = Ledger(self._store, f"{STAGE}/{job.id}")
+        self._ahead: Future[Collected] | None = None
+        self._thread = ThreadPoolExecutor(1)
 
-def rollout_key(job: str, step: int, prompt: str, sample: int) -> bytes:
-    """The key of a rollout: which job, step, prompt and sample."""
-    return bytes.fromhex(digest([STAGE, job, step, prompt, sample]))[:KEY_BYTES]
+    def of(self, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The rows of a step, from the ledger or from the engines, and the seconds that they took. All ranks call it together."""
+        seconds: dict[str, float] = {}
+        rows = self._agreed(step)
+        if rows is None:
+            if self._job.source is None:
+                raise SpecmillError(f"{self._job.root}: no rollouts of step {step} are recorded; there is nothing to replay from there on.")
+            if self._ahead is None:
+                seconds["sync_seconds"] = self._send(step)
+            if self._engine.rank == 0:
+                made = self._ahead.result() if self._ahead else self._collect(step, step, self._next_group(step))
+                seconds |= {"rollout_seconds": made.rollout_seconds, "judge_seconds": made.judge_seconds}
+            rows = self._await(step)
+        self._ahead = None
+        if self._job.config.one_step_off and self._job.source and step + 1 < self._job.config.steps and self._agreed(step + 1) is None:
+            self._draw_ahead(step + 1, rows, seconds)
+        return rows, seconds
+
+    def push(self, version: int) -> float:
+        """Gives the engines the trainer's weights; returns the mean difference of log-probabilities on a few tokens of each engine."""
+        self._send(version)
+        rows: list[Row] = _agree(self._probe(version) if self._engine.rank == 0 else None)
+        engine, config = self._engine, self._job.config
+        batches = micro_batches(rows, config.training.micro_batch_tokens, engine.rank, engine.world_size)
+
+        def difference(scores: TokenScores, batch: MicroBatch) -> torch.Tensor:
+            return torch.stack([((scores.logp - batch.values["rollout"]).abs() * batch.mask).sum(), batch.mask.sum()]).double()
+
+        total = torch.stack(engine.evaluate(batches, difference, config.temperature)).sum(0)
+        dist.all_reduce(total)
+        mismatch = float(total[0] / total[1])
+        _verify_sync(mismatch, self._job.sync_tolerance, version)
+        return mismatch
+
+    def _draw_ahead(self, step: int, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+        """Begins with the rollouts of the step after this one, under the weights of before this one."""
+        started, version = time.monotonic(), step - 1
+        self.push(version)  # no step compares these rollouts with the weights that drew them
+        seconds["sync_seconds"] = seconds.get("sync_seconds", 0.0) + time.monotonic() - started
+        if self._engine.rank == 0:
+            self._ahead = self._thread.submit(self._collect, step, version, 1 + max(row["group"] for row in rows))
+        else:
+            self._ahead = Future()
+
+    def _send(self, version: int) -> float:
+        started = time.monotonic()
+        write_weights(self._job.weights_file, self._engine.named_weights(), self._engine.rank)
+        if self._engine.rank == 0 and self._job.source:
+            self._job.source.policy.load_weights(self._job.weights_file, version)
+        return time.monotonic() - started
+
+    def _collect(self, step: int, version: int, first_group: int) -> Collected:
+        assert self._job.source
+        made = collect(self._job.source, step, version, first_group)
+        table = pa.Table.from_pylist(made.rows, schema=tables.ROLLOUTS)
+        self._ledger.commit([self._store.put_table(_folder(self._job.id, step), table)])
+        return made
+
+    def _next_group(self, step: int) -> int:
+        """The first group that no step before this one has drawn."""
+        return 1 + max((row["group"] for row in self._committed(step - 1) or ()), default=-1) if step else 0
+
+    def _agreed(self, step: int) -> list[dict[str, Any]] | None:
+        """The rows of a step that lie there, the same on every rank."""
+        there = _agree(self._committed(step) is not None if self._engine.rank == 0 else None)
+        return self._await(step) if there else None
+
+    def _committed(self, step: int) -> list[dict[str, Any]] | None:
+        for shard in self._ledger.shards():
+            if shard.path.startswith(_folder(self._job.id, step)) and self._store.exists(shard.path):
+                return list(self._store.read_table(shard.path).to_pylist())
+        return None
+
+    def _await(self, step: int) -> list[dict[str, Any]]:
+        """The rows that rank 0 is collecting. Waits on the store: a collective would time out while engines and judges work."""
+        while (rows := self._committed(step)) is None:
+            time.sleep(1)
+        return rows
+
+    def _probe(self, version: int) -> list[Row]:
+        """What each engine draws, with its log-probabilities, under the weights that it was given last."""
+        source, config = self._job.source, self._job.config
+        assert source
+        order, length = PromptOrder(source.prompts, config.mix, config.seed), min(PROBE_TOKENS, config.max_tokens)
+        shards = [
+            DrawShard(source.model_path, (order.at(number),), 1, length, config.temperature, prompt_seed(config, number))
+            for number in range(len(source.policy.actors))
+        ]
+        drawn = [answer for done in source.policy.map(DRAW, shards) for answer in done.result]
+        return [_row(answer.prompt_ids, answer.completion.token_ids, rollout=answer.completion.logprobs) for answer in drawn]
 
 
 def _log(job: RlJob) -> Path:
@@ -172,157 +223,62 @@ def _log(job: RlJob) -> Path:
     return Path(job.output).parent / "metrics.jsonl"
 
 
-def _collect(store: Store, job: RlJob, step: int) -> list[dict[str, Any]]:
-    """Draws and judges the rollouts of a step under policy version `step`, writes them, returns their rows."""
-    settings = job.config
-    job.policy.load_weights(job.weights_file, step)
-    prompts = step_prompts(job.prompts, step, settings.prompts_per_step, settings.seed)
-    by_id = {prompt.id: prompt for prompt in prompts}
-    seed = settings.seed + 7919 * step
-    shards = [
-        DrawShard(job.start_path, part, settings.rollouts_per_prompt, settings.max_tokens, settings.temperature, seed)
-        for part in in_parts(prompts, len(job.policy.actors))
-    ]
-    drawn = [answer for done in job.policy.map(DRAW, shards) for answer in done.result]
-    drawn.sort(key=lambda answer: (answer.prompt_id, answer.sample))
-    runs = job.judge_config.model_copy(update={"k": settings.judge_runs})
-    judged = blind_shards([answer for answer in drawn if answer.earns], by_id, job.specs, runs)
-    verdicts = verdicts_of(job.judge, judged)
-    rows = [_row(job, step, answer, by_id[answer.prompt_id], verdicts.get(answer.name, [])) for answer in drawn]
-    table = pa.Table.from_pylist(rows, schema=tables.ROLLOUTS)
-    Ledger(store, f"{STAGE}/{job.id}").commit([store.put_table(_folder(job.id, step), table)])
-    return table.to_pylist()
+def _row(prompt_ids: list[int], token_ids: list[int], **values: list[float]) -> Row:
+    return Row([*prompt_ids, *token_ids], len(prompt_ids), values)
 
 
-def _row(job: RlJob, step: int, answer: Drawn, prompt: Prompt, verdicts: list) -> dict[str, Any]:
-    malformed = answer.parts.reason if isinstance(answer.parts, Malformed) else None
-    earned = reward(verdicts) if answer.earns else FLOOR
-    return {
-        "key": rollout_key(job.id, step, prompt.id, answer.sample),
-        "prompt_id": prompt.id,
-        "category": prompt.category,
-        "ideal_verdict": prompt.ideal_verdict,
-        "step": step,
-        "sample": answer.sample,
-        "seed": answer.seed,
-        "policy_version": step,
-        "prompt_ids": answer.prompt_ids,
-        "token_ids": answer.completion.token_ids,
-        "logprobs": answer.completion.logprobs,
-        "finish_reason": answer.completion.finish_reason,
-        "thought_tokens": 0 if malformed else answer.parts.thought_tokens,  # type: ignore[union-attr]
-        "malformed": malformed,
-        "verdicts": [verdict.raw for verdict in verdicts],
-        "spec_hash": job.specs[prompt.category].hash,
-        "judge": job.judge_model.id,
-        "judge_revision": job.judge_model.revision,
-        "reward": earned,
-        "quarantined": "no verdict could be parsed" if earned is None else None,
-    }
-
-
-def _batches(rows: list[dict[str, Any]], settings: RlConfig, engine: TrainingEngine) -> tuple[list[MicroBatch], dict[str, float]]:
-    """This rank's micro-batches of a step, and what the rewards say: groups with a spread, share of the floor."""
-    size = settings.rollouts_per_prompt
-    rewards = torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows]).view(-1, size)
-    advantages = group_advantages(rewards, settings.advantage)
+def _batches(rows: list[dict[str, Any]], settings: RlConfig, engine: TrainingEngine) -> list[MicroBatch]:
+    """This rank's micro-batches of a step."""
     learnt = [
-        Row(
-            [*row["prompt_ids"], *row["token_ids"]],
-            len(row["prompt_ids"]),
-            {"rollout": row["logprobs"], "advantage": [value] * len(row["token_ids"])},
+        _row(
+            row["prompt_ids"],
+            row["token_ids"],
+            rollout=row["logprobs"],
+            advantage=spread_over_tokens(row["advantage"], row["thought_tokens"], len(row["token_ids"]), settings.target),
         )
-        for row, value in zip(rows, advantages.values.flatten().tolist(), strict=True)
+        for row in rows
     ]
-    judged = sum(1 for row in rows if not row["malformed"] and row["finish_reason"] == "stop")
-    signal = {"effective_groups": float(advantages.effective_groups), "judged_share": judged / len(rows)}
-    return micro_batches(learnt, settings.training.micro_batch_tokens, engine.rank, engine.world_size), signal
+    return micro_batches(learnt, settings.training.micro_batch_tokens, engine.rank, engine.world_size)
 
 
-def _loss(engine: TrainingEngine, batches: list[MicroBatch], settings: RlConfig) -> Any:
+def _loss(
+    engine: TrainingEngine, batches: list[MicroBatch], settings: RlConfig, kl: float
+) -> Callable[[TokenScores, MicroBatch], TokenLoss]:
     """The loss of a micro-batch: clipped policy gradient plus KL to the checkpoint that RL starts from."""
-    kept: dict[int, torch.Tensor] = {}
+    kept: list[torch.Tensor] = []
     if settings.kl:
-        logprobs = engine.evaluate(
-            batches, lambda logits, batch: token_logprobs(logits, batch.targets, settings.temperature), reference=True
-        )
-        kept = {id(batch): value for batch, value in zip(batches, logprobs, strict=True)}
-    order = iter(batches)
+        kept = engine.evaluate(batches, lambda scores, batch: scores.logp, settings.temperature, reference=True)
+    references = iter(kept)
 
-    def loss(logits: torch.Tensor, batch: MicroBatch) -> TokenLoss:
-        reference = kept.get(id(next(order)))
-        logp = token_logprobs(logits, batch.targets, settings.temperature)
-        values = batch.values
+    def loss(scores: TokenScores, batch: MicroBatch) -> TokenLoss:
+        values, logp, old = batch.values, scores.logp, scores.logp.detach()
         clip = (settings.clip_low, settings.clip_high)
-        result = policy_gradient(logp, logp.detach(), values["rollout"], values["advantage"], batch.mask, clip)
-        if reference is None:
-            return result
-        return result.plus(reference_kl(logp, logp.detach(), reference, batch.mask), settings.kl)
+        result = policy_gradient(logp, old, values["rollout"], values["advantage"], batch.mask, clip, settings.tis_cap)
+        result = TokenLoss(result.loss, {**result.stats, "entropy": scores.entropy * batch.mask})
+        return result.plus(reference_kl(logp, old, next(references), batch.mask), kl) if kept else result
 
     return loss
 
 
-def _last_push(job: RlJob, engine: TrainingEngine) -> float:
-    """Pushes the final weights and returns the mean difference of log-probabilities on a few tokens of each engine.
-
-    No step draws rollouts under these weights, so no step would notice that the engines did not take them.
-    """
-    write_weights(job.weights_file, engine.named_weights(), engine.rank)
-    rows: list[Row] = _agree(_probe(job) if engine.rank == 0 else None)
-    batches = micro_batches(rows, job.config.training.micro_batch_tokens, engine.rank, engine.world_size)
-
-    def difference(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        logp = token_logprobs(logits, batch.targets, job.config.temperature)
-        return torch.stack([((logp - batch.values["rollout"]).abs() * batch.mask).sum(), batch.mask.sum()]).double()
-
-    total = torch.stack(engine.evaluate(batches, difference)).sum(0)
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
+def _steered(kl: float, measured: float | None, target: float | None) -> float:
+    """The next step's weight of the KL: larger where the policy is further away than it should be."""
+    if target is None or measured is None:
+        return kl
+    return kl * (1 + KL_STEP * max(-KL_BOUND, min(KL_BOUND, measured / target - 1)))
 
 
-def _probe(job: RlJob) -> list[Row]:
-    """What each engine draws, with its log-probabilities, under the weights that lie in the file."""
-    settings = job.config
-    job.policy.load_weights(job.weights_file, settings.steps)
-    length = min(PROBE_TOKENS, settings.max_tokens)
-    shards = [
-        DrawShard(job.start_path, (prompt,), 1, length, settings.temperature, settings.seed)
-        for prompt in step_prompts(job.prompts, settings.steps, len(job.policy.actors), settings.seed)
-    ]
-    drawn = [answer for done in job.policy.map(DRAW, shards) for answer in done.result]
-    return [
-        Row([*answer.prompt_ids, *answer.completion.token_ids], len(answer.prompt_ids), {"rollout": answer.completion.logprobs})
-        for answer in drawn
-    ]
-
-
-def _verify_sync(mismatch: float, tolerance: float, step: int) -> None:
+def _verify_sync(mismatch: float, tolerance: float, version: int) -> None:
     """The engine must have sampled with the trainer's weights: a stale or half-loaded engine shows in the log-probabilities."""
     if not mismatch <= tolerance:  # a NaN is no agreement either
         raise SpecmillError(
-            f"RL weights of version {step}: engine and trainer disagree by {mismatch:.2e} per token (rl.sync_tolerance: {tolerance:.0e}). "
-            "The engine did not take the weights, or its precision is lower than the trainer's."
+            f"RL weights of version {version}: engine and trainer disagree by {mismatch:.2e} per token "
+            f"(rl.sync_tolerance: {tolerance:.0e}). The engine did not take the weights, or its precision is lower than the trainer's."
         )
-
-
-def _committed(store: Store, job: str, step: int) -> list[dict[str, Any]] | None:
-    """The rows of a step that an earlier attempt wrote, or None."""
-    for shard in Ledger(store, f"{STAGE}/{job}").shards():
-        if shard.path.startswith(_folder(job, step)) and store.exists(shard.path):
-            return list(store.read_table(shard.path).to_pylist())
-    return None
 
 
 def _folder(job: str, step: int) -> str:
     """Where the rollouts of a step lie."""
     return f"{STAGE}/{job}/step-{step:06d}"
-
-
-def _await(store: Store, job: str, step: int) -> list[dict[str, Any]]:
-    """The rows that rank 0 is collecting. Waits on the store: a collective would time out while engines and judges work."""
-    while (rows := _committed(store, job, step)) is None:
-        time.sleep(1)
-    return rows
 
 
 def _agree(value: Any) -> Any:

@@ -7,6 +7,7 @@ last checkpoint with the rows that come next; a run that is finished is not done
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.errors import UserError
+from cluster.errors import Diverged, UserError
 from cluster.training import report, resume, run_workers
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, step_rows, steps_per_epoch
 from tasks.progress import Progress
-from tasks.training_log import append_line, followed, keep_lines, last_line
+from tasks.training_log import TrainingLog, followed, last_line
 
 UNIMPORTANT = {"ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps"}
 """Fields that leave the result as it is: they may change between an interruption and its continuation."""
@@ -36,7 +37,7 @@ class SftConfig(BaseModel):
         0.5, ge=0, title="Capability ratio", description="Capability rows mixed in per policy row, as far as there are any."
     )
     rows_per_step: int = Field(32, ge=1, title="Rows a step", description="Rows of one optimiser step, over all ranks together.")
-    ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; fixed for the life of a run.")
+    ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; may change when a run goes on.")
     cpus_per_rank: float = Field(1.0, gt=0, title="CPUs a rank", description="What Ray sets aside for each rank.")
     gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
     save_every_steps: int = Field(50, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most.")
@@ -95,27 +96,36 @@ def sft_loop(config: dict[str, Any]) -> None:
     engine = TrainingEngine(config["model_path"], training, total)
     first = (resume(engine) or {"step": 0})["step"]
     metrics_file = run / "metrics.jsonl"
-    if engine.rank == 0:
-        keep_lines(metrics_file, first)
+    log = TrainingLog(metrics_file, first) if engine.rank == 0 else None
     for step in range(first, total):
         started = time.perf_counter()
         epoch, indices = step_rows(step, table.num_rows, sft.rows_per_step, training.seed)
         rows = [Row(input_ids[index].as_py(), prompt_lengths[index].as_py()) for index in indices]
         batches = micro_batches(rows, training.micro_batch_tokens, engine.rank, engine.world_size)
-        metrics = engine.step(batches, lambda logits, batch: nll(logits, batch.targets, batch.mask))
+        try:
+            metrics = engine.step(batches, lambda scores, batch: nll(scores, batch.mask))
+        except Diverged as error:
+            raise Diverged(f"SFT step {step}, rows {_named(table, indices)}: {error}") from error
         seen = sum(len(row.input_ids) for row in rows)
         line = {"step": step, "epoch": epoch, **metrics, "tokens_per_second": seen / (time.perf_counter() - started)}
-        if engine.rank == 0:
-            append_line(metrics_file, line)
+        if log:
+            log.append(line)
         if (step + 1) % sft.save_every_steps == 0 and step + 1 < total:  # what follows the last step is the export
             report(line, engine, {"step": step + 1})
     engine.export(config["output"], beside=[metrics_file, run / "run.json"])
 
 
+def _named(table: pa.Table, indices: Sequence[int]) -> str:
+    """The rows of a step by their names, where they have any."""
+    names = table["row_id"] if "row_id" in table.column_names else None
+    return ", ".join(names[index].as_py() if names else f"number {index}" for index in indices)
+
+
 def _read_rows(path: str) -> pa.Table:
     """The training rows; raises UserError if there are none or one cannot be learnt from."""
     try:
-        table = pq.read_table(path, columns=["input_ids", "prompt_length"]).combine_chunks()
+        columns = [name for name in pq.read_schema(path).names if name == "row_id"]
+        table = pq.read_table(path, columns=["input_ids", "prompt_length", *columns]).combine_chunks()
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: no Parquet file with the columns input_ids and prompt_length ({error}).") from error
     learnt = pc.subtract(pc.list_value_length(table["input_ids"]), table["prompt_length"])

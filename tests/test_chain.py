@@ -23,7 +23,7 @@ from ray import cloudpickle
 
 from cluster.chat import Chat, Turn
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
-from cluster.fleet import Fleet, Stage
+from cluster.fleet import Fleet, Line, Stage
 from cluster.pool import Pool
 from flows.config import RunRequest
 from flows.inspect import problems
@@ -143,13 +143,13 @@ class RecordingFleet(Fleet):
         super().__init__(fleet.actors, fleet.capacity)
         self.file = file
 
-    def map(self, stage: Stage, shards: Any) -> Iterator[Any]:
+    def line(self, stage: Stage) -> Line:
         file, run = self.file, stage.run
 
         async def recorded(engine: Engine, shard: Any) -> Any:
             return await run(Recorder(engine, file), shard)
 
-        return super().map(replace(stage, run=recorded), shards)
+        return super().line(replace(stage, run=recorded))
 
 
 async def process_id(engine: Engine, shard: None) -> int:
@@ -177,10 +177,13 @@ def chain(servers: None, run_file: Path, scripted_model: str) -> dict[str, Any]:
 
     def watched(job: rl.RlJob, storage: str, progress: Any) -> dict[str, Any]:
         def ask() -> None:
-            probes.extend(done.result for done in job.judge.map(PROBE_STAGE, [question]))
+            assert job.source and job.source.judge
+            probes.extend(done.result for done in job.source.judge.map(PROBE_STAGE, [question]))
 
         ask()
-        metrics = real(replace(job, judge=RecordingFleet(job.judge, str(seen))), storage, progress)
+        assert job.source and job.source.judge
+        recorded = replace(job.source, judge=RecordingFleet(job.source.judge, str(seen)))
+        metrics = real(replace(job, source=recorded), storage, progress)
         ask()
         return metrics
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from cluster.causal_model import score
 from cluster.errors import UserError
-from tasks.batch import Row, assign, micro_batches, pack, step_rows, steps_per_epoch
-from tasks.losses import group_advantages, nll, policy_gradient, reference_kl, token_logprobs
+from tasks.advantages import group_advantages, judge_noise, spread_over_tokens
+from tasks.batch import Row, assign, micro_batches, pack, pair_batches, step_rows, steps_per_epoch
+from tasks.losses import dpo, nll, policy_gradient, reference_kl
 
 ROWS = [Row(list(range(9, 9 + length)), prompt) for length, prompt in ((20, 5), (18, 10), (30, 4), (9, 3))]
 BUDGET = 40
@@ -60,14 +62,34 @@ def test_an_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
 
 def test_nll_is_the_log_of_the_softmax_and_ignores_what_is_masked() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)], [math.inf, 0.0]])
-    loss = nll(logits, torch.tensor([1, 0]), torch.tensor([1.0, 0.0]))
+    loss = nll(score(logits, torch.tensor([1, 0])), torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(loss.loss, torch.tensor([-math.log(0.75), 0.0]))
     assert loss.stats["accuracy"].tolist() == [1.0, 0.0]
 
 
 def test_temperature_divides_logits() -> None:
     logits = torch.tensor([[0.0, 2 * math.log(3.0)]])
-    torch.testing.assert_close(token_logprobs(logits, torch.tensor([1]), temperature=2.0), torch.tensor([math.log(0.75)]))
+    scores = score(logits, torch.tensor([1]), temperature=2.0)
+    torch.testing.assert_close(scores.logp, torch.tensor([math.log(0.75)]))
+    torch.testing.assert_close(scores.entropy, torch.tensor([-0.75 * math.log(0.75) - 0.25 * math.log(0.25)]))
+
+
+def test_dpo_is_the_logistic_loss_of_the_margin_and_counts_each_pair_once() -> None:
+    pairs = [(Row([1, 2, 3, 4], 2), Row([1, 2, 9], 2)), (Row([5, 6], 1), Row([5, 7, 8], 1))]
+    (batch,) = pair_batches(pairs, 100, 0, 1)
+    assert batch.row.tolist() == [0, 0, 1, 2, 3, 3] and batch.mask.tolist() == [1, 0, 0, 1, 0, 0]
+    logp = torch.tensor([-1.0, -2.0, -1.0, -4.0, -0.5, -0.5])
+    reference = torch.tensor([-2.0, -2.0, -1.5, -2.0, -1.0, -1.0])
+    loss = dpo(logp, reference, batch.row, batch.mask, beta=2.0)
+    margins = torch.tensor([2 * (1.0 - 0.5), 2 * (-2.0 - 1.0)])
+    torch.testing.assert_close(loss.loss[batch.mask > 0], torch.log1p(torch.exp(-margins)))
+    assert loss.loss.sum() == loss.loss[batch.mask > 0].sum() and loss.stats["accuracy"].tolist() == [1, 0, 0, 0, 0, 0]
+    (empty,) = pair_batches(pairs[:1], 100, 1, 2)
+    nothing = dpo(torch.zeros(1, requires_grad=True), torch.zeros(1), empty.row, empty.mask, beta=2.0)
+    assert nothing.loss.tolist() == [0.0] and nothing.loss.requires_grad and set(nothing.stats) == set(loss.stats)
+
+
+# Advantages
 
 
 def test_group_advantages_match_their_closed_forms() -> None:
@@ -81,8 +103,34 @@ def test_group_advantages_match_their_closed_forms() -> None:
     for kind, (first, third) in expected.items():
         advantages = group_advantages(rewards, kind)  # type: ignore[arg-type]
         torch.testing.assert_close(advantages.values, torch.tensor([first, [0.0] * 3, third, [0.0] * 3]))
-        assert advantages.zero_spread.tolist() == [False, True, False, True]
-        assert advantages.effective_groups == 2
+        assert advantages.flat.tolist() == [False, True, False, True] and not advantages.noisy.any()
+        assert advantages.effective.tolist() == [True, False, True, False]
+
+
+def test_the_judges_noise_is_the_variance_of_a_mean_of_its_runs() -> None:
+    assert judge_noise([[0.5], [1.0]]) is None, "one run says nothing of the noise"
+    assert judge_noise([[0.0, 1.0], [0.5, 0.5], [0.3]]) == pytest.approx(((0.5 + 0.0) / 2) / 2)
+    generator = torch.Generator().manual_seed(0)
+    runs = (0.5 + 0.1 * torch.randn(4000, 4, generator=generator)).tolist()
+    assert judge_noise(runs) == pytest.approx(0.1**2 / 4, rel=0.05)
+
+
+def test_groups_that_differ_no_more_than_the_judge_teach_nothing_and_others_less() -> None:
+    rewards = torch.tensor([[0.4, 0.5, 0.6], [0.0, 0.5, 1.0]])  # variances 0.01 and 0.25
+    shrunk, dropped, kept = (group_advantages(rewards, "dr_grpo", 0.05, rule) for rule in ("shrink", "drop", "keep"))  # type: ignore[arg-type]
+    assert shrunk.noisy.tolist() == dropped.noisy.tolist() == [True, False] and kept.noisy.tolist() == [False, False]
+    torch.testing.assert_close(shrunk.values, torch.tensor([[0.0, 0.0, 0.0], [-0.4, 0.0, 0.4]]))
+    torch.testing.assert_close(dropped.values, torch.tensor([[0.0, 0.0, 0.0], [-0.5, 0.0, 0.5]]))
+    torch.testing.assert_close(kept.values, torch.tensor([[-0.1, 0.0, 0.1], [-0.5, 0.0, 0.5]]))
+
+
+def test_the_reward_may_be_kept_off_the_thought() -> None:
+    assert spread_over_tokens(2.0, 3, 5, "all") == [2.0] * 5
+    assert spread_over_tokens(2.0, 3, 5, "answer") == [0.0, 0.0, 0.0, 2.0, 2.0]
+    assert spread_over_tokens(2.0, 0, 2, "answer") == [2.0, 2.0], "what has no closed thought is moved as a whole"
+
+
+# Policy gradient
 
 
 def test_policy_gradient_clips_above_and_below_and_truncates_the_correction() -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.causal_model import TokenScores
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, pack
-from tasks.losses import nll, token_logprobs
+from tasks.losses import nll
 
 ROOT = Path(__file__).parent.parent
 ROWS = [Row(list(range(9, 9 + length)), prompt) for length, prompt in ((20, 5), (18, 10), (30, 4), (9, 3))]
@@ -48,8 +49,12 @@ def test_packed_logits_are_those_of_separate_rows(toy: Path) -> None:
 # Gradients over ranks and stages
 
 
-def sft_loss(logits: Tensor, batch: Any) -> Any:
-    return nll(logits, batch.targets, batch.mask)
+def sft_loss(scores: TokenScores, batch: Any) -> Any:
+    return nll(scores, batch.mask)
+
+
+STAGES = {1: 2048, 2: 7, 3: 7}
+"""ZeRO stage -> how many predictions have their logits in memory at a time."""
 
 
 def gradients_main(model: str, output: str) -> None:
@@ -59,11 +64,11 @@ def gradients_main(model: str, output: str) -> None:
 
     from cluster.deepspeed_engine import TrainingEngine
 
-    for stage in (2, 3):
-        config = TrainingConfig(zero_stage=stage, warmup_ratio=0.0, gradient_clipping=0.0, schedule="constant")
+    for stage, pieces in STAGES.items():
+        config = TrainingConfig(zero_stage=stage, logit_tokens=pieces, warmup_ratio=0.0, gradient_clipping=0.0, schedule="constant")
         engine = TrainingEngine(model, config, 2)
         metrics = engine.step(micro_batches(ROWS, BUDGET, engine.rank, engine.world_size), sft_loss)
-        weights = engine._engine.module.named_parameters()
+        weights = engine._engine.module.plain.named_parameters()
         moments = {name: safe_get_full_optimizer_state(weight, "exp_avg") for name, weight in weights}
         # a step with a single row, which one of two ranks spends on a dummy
         single = engine.step(micro_batches(ROWS[:1], BUDGET, engine.rank, engine.world_size), sft_loss)
@@ -72,21 +77,26 @@ def gradients_main(model: str, output: str) -> None:
             Path(f"{output}/{stage}.json").write_text(json.dumps([metrics, single]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_gradient_is_that_of_plain_torch_whatever_the_ranks_and_the_stage(toy: Path, tmp_path: Path, ranks: int) -> None:
+def run_ranks(ranks: int, *arguments: str) -> None:
+    """Runs this file as a process group and waits for its end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, __file__, "gradients", str(toy), str(tmp_path)]
+    command = [sys.executable, __file__, *arguments]
     processes = [subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
     try:
         assert [process.wait(timeout=240) for process in processes] == [0] * ranks
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradient_is_that_of_plain_torch_whatever_the_ranks_the_stage_and_the_pieces(toy: Path, tmp_path: Path, ranks: int) -> None:
+    run_ranks(ranks, "gradients", str(toy), str(tmp_path))
 
     from safetensors.torch import load_file
 
@@ -100,13 +110,55 @@ def test_gradient_is_that_of_plain_torch_whatever_the_ranks_and_the_stage(toy: P
     tokens = sum(len(row.input_ids) - row.prompt_length for row in ROWS)
     loss = torch.stack(losses).sum() / tokens
     loss.backward()
-    for stage in (2, 3):
+    for stage in STAGES:
         metrics, single = json.loads((tmp_path / f"{stage}.json").read_text())
         assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6) and metrics["tokens"] == tokens
         assert single["tokens"] == 15
         gradients = load_file(tmp_path / f"{stage}.safetensors")
         for name, weight in model.named_parameters():
             assert (gradients[name] - weight.grad).norm() <= 1e-5 * weight.grad.norm(), (stage, name)
+
+
+# Another number of ranks
+
+
+def other_ranks_main(model: str, output: str, stage: str, lora_rank: str) -> None:
+    """Two ranks train three steps and save before the third; one rank goes on from there. Both write the third step's weights."""
+    from safetensors.torch import save_file
+
+    from cluster.deepspeed_engine import TrainingEngine
+
+    config = TrainingConfig(zero_stage=int(stage), lora_rank=int(lora_rank), learning_rate=1e-3, warmup_ratio=0.0)  # type: ignore[arg-type]
+    engine = TrainingEngine(model, config, 4)
+    if engine.world_size == 2:
+        for _ in range(2):
+            engine.step(micro_batches(ROWS, BUDGET, engine.rank, 2), sft_loss)
+        engine.save(f"{output}/checkpoint", {"step": 2})
+    else:
+        assert engine.load(f"{output}/checkpoint") == {"step": 2}
+    metrics = engine.step(micro_batches(ROWS, BUDGET, engine.rank, engine.world_size), sft_loss)
+    weights = dict(engine.named_weights())
+    if engine.rank == 0:
+        save_file(weights, f"{output}/{engine.world_size}.safetensors")
+        Path(f"{output}/{engine.world_size}.json").write_text(json.dumps(metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "lora_rank"), [(1, 0), (2, 4), (3, 0)])
+def test_a_run_of_two_ranks_goes_on_with_one_as_if_nothing_had_changed(toy: Path, tmp_path: Path, stage: int, lora_rank: int) -> None:
+    from safetensors.torch import load_file
+
+    for ranks in (2, 1):
+        run_ranks(ranks, "other_ranks", str(toy), str(tmp_path), str(stage), str(lora_rank))
+    two, one = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (2, 1))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["learning_rate"] == two["learning_rate"]
+    expected, found, start = (
+        load_file(file) for file in (tmp_path / "2.safetensors", tmp_path / "1.safetensors", toy / "model.safetensors")
+    )
+    moved = [name for name in expected if not torch.equal(expected[name], start[name])]
+    assert len(moved) > 5, "a test of weights that never moved"
+    for name in moved:
+        assert (found[name] - expected[name]).norm() <= 1e-3 * (expected[name] - start[name]).norm(), name
 
 
 # Weight transfer
@@ -145,7 +197,7 @@ def transfer_main(model: str, output: str) -> None:
             values = [entry[token].logprob for token, entry in zip(drawn.token_ids, drawn.logprobs, strict=True)]
             rows.append(Row(prompt["prompt_token_ids"] + list(drawn.token_ids), 3, {"rollout": values}))
         (batch,) = micro_batches(rows, 1024, 0, 1)
-        (logp,) = trainer.evaluate([batch], lambda logits, batch: token_logprobs(logits, batch.targets))
+        (logp,) = trainer.evaluate([batch], lambda scores, batch: scores.logp)
         difference = (logp - batch.values["rollout"]).abs()[batch.mask > 0]
         return [float(difference.mean()), float(difference.max())]
 
@@ -174,4 +226,4 @@ def test_vllm_agrees_with_the_trainer_after_each_transfer_and_not_before(
 
 
 if __name__ == "__main__":
-    {"gradients": gradients_main, "transfer": transfer_main}[sys.argv[1]](*sys.argv[2:])
+    {"gradients": gradients_main, "other_ranks": other_ranks_main, "transfer": transfer_main}[sys.argv[1]](*sys.argv[2:])

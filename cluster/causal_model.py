@@ -1,0 +1,140 @@
+"""A causal language model in training: loaded for a ZeRO stage, with adapters, and asked for scores of tokens instead of logits.
+
+Logits of a long thought are larger than the model: 16,000 tokens by 128,000 words are 8 GB in float32, several times over. So they are
+computed for some hundred predictions at a time, of which only the scores stay; the backward pass computes them once more.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cluster.errors import UserError
+from cluster.training_config import TrainingConfig
+
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Configuration of architectures that do more to their logits than to multiply by the output layer."""
+
+
+class TokenScores(NamedTuple):
+    """What a model says of L tokens; float32 [L] each, gradient flows through `logp` alone.
+
+    logp: log-probability of the token, under the distribution that was sampled from. entropy: of that distribution, in nats.
+    top: 1 where the token is the first choice.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    top: Tensor
+
+
+class ScoredModel(torch.nn.Module):
+    """A Hugging Face causal model, with or without adapters, that returns scores of the tokens it is asked about.
+
+    The output layer itself returns scores instead of logits: ZeRO-3 gathers its weights once for a call, and every piece of a call needs
+    them, in the forward and the backward pass.
+    """
+
+    def __init__(self, model: Any, config: TrainingConfig) -> None:
+        super().__init__()
+        self.model = model
+        head = self.plain.get_output_embeddings()
+        head.forward = partial(_scores_in_pieces, head, config.logit_tokens)
+
+    @property
+    def plain(self) -> Any:
+        """The Hugging Face model, without what peft wraps around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, learnt: Tensor, targets: Tensor, temperature: float) -> TokenScores:
+        """Scores of `targets` [L], which follow the positions `learnt` [L] of `input_ids` [T]; position ids restart with every row."""
+        # The one form in which transformers keeps packed rows apart: a mask of ones or a cache would silently mix them.
+        states = self.plain.get_decoder()(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False).last_hidden_state
+        found: TokenScores = self.plain.get_output_embeddings()(states[0, learnt], targets, temperature)
+        return found
+
+
+def _scores_in_pieces(head: Any, size: int, states: Tensor, targets: Tensor, temperature: float) -> TokenScores:
+    """Scores of targets [L] after states [L, H], with the logits of at most `size` of them in memory."""
+    weight, bias = head.weight, head.bias
+
+    def scores(part: Tensor, wanted: Tensor) -> TokenScores:
+        return score(F.linear(part, weight, bias), wanted, temperature)
+
+    parts = list(zip(states.split(size), targets.split(size), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        found = [scores(*part) for part in parts]
+    else:
+        found = [checkpoint(scores, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return TokenScores(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenScores:
+    """Scores of `targets` [L] under logits [L, V] / temperature, in float32."""
+    every = F.log_softmax(logits.float() / temperature, -1)
+    logp = every.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(every.exp() * every).nan_to_num().sum(-1)
+        top = (logp >= every.amax(-1)).float()
+    return TokenScores(logp, entropy, top)
+
+
+def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None) -> ScoredModel:
+    """The pre-trained model in the training dtype, with fresh adapters if there are to be any.
+
+    With ZeRO-3 settings no rank ever holds all of it. Raises UserError when `model_path` is no checkpoint, or of an architecture that does
+    more to its logits than to multiply by the output layer.
+    """
+    if not (Path(model_path) / "config.json").exists():
+        raise UserError(f"model {model_path!r} is not a Hugging Face checkpoint directory; resolve the model's name first.")
+    model = _pretrained(model_path, config, zero3_settings)
+    if config.gradient_checkpointing:
+        # ZeRO-3 frees weights between forward and recomputation, which only the re-entrant form survives
+        model.gradient_checkpointing_enable({"use_reentrant": config.zero_stage == 3})
+        model.enable_input_require_grads()
+    if config.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        rank = config.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    return ScoredModel(model, config)
+
+
+def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    if zero3_settings is None:
+        return _known(AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype))
+    from accelerate import init_empty_weights
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers shards while it loads for as long as this object lives
+    sharding = HfDeepSpeedConfig(zero3_settings)
+    model = _known(AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype))
+    del sharding
+    # DeepSpeed creates every tensor of a sharded model in the training dtype: rotary frequencies in bfloat16 are off by up to
+    # 0.4 %, which moves distant tokens. The computed buffers come from a model that has nothing else.
+    with init_empty_weights(include_buffers=False):
+        exact = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    stored = model.state_dict()
+    for name, buffer in exact.named_buffers():
+        if name not in stored:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    return model
+
+
+def _known(model: Any) -> Any:
+    """The model, if its logits are what its output layer makes of the decoder's last states."""
+    added = [name for name in SCALED_LOGITS if getattr(model.config, name, None) not in (None, 1)]
+    if added:
+        raise UserError(f"model {model.name_or_path}: its configuration has {', '.join(added)}: such models cannot be trained here.")
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model {model.name_or_path}: no output layer; a causal language model is needed.")
+    return model

@@ -1,0 +1,132 @@
+"""RL without engines: the order of prompts, what a step's rows say, and the alarms."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tasks.collect import NOISE, PromptOrder, effective_groups, trained
+from tasks.prompts import CELLS, Message, Prompt
+from tasks.rl_config import RlConfig
+from tasks.rl_metrics import WINDOW, alarms, describe
+
+PROMPTS = [
+    Prompt(
+        id=f"{cell}-{number}",
+        messages=(Message(role="user", content="Hello."),),
+        category="violence",
+        cell=cell,
+        group=f"g{number}",
+        ideal_verdict="refuse" if cell == "violation" else "comply",
+        ideal_clauses=("VI1",),
+    )
+    for cell in CELLS
+    for number in range(3)
+]
+
+
+def row(group: int, reward: float | None, **values: Any) -> dict[str, Any]:
+    """A judged rollout of ten tokens, four of them the thought's."""
+    return {
+        "group": group,
+        "cell": "benign",
+        "ideal_verdict": "comply",
+        "token_ids": list(range(10)),
+        "thought_tokens": 4,
+        "answer_kind": "answer",
+        "rewards": [] if reward is None else [reward],
+        "reward": reward,
+        "rule_reward": 0.5,
+        "held_out_reward": None,
+        "drop_reason": None,
+    } | values
+
+
+# Prompts
+
+
+def test_groups_take_all_cells_in_turn_and_every_prompt_before_any_comes_again() -> None:
+    order = PromptOrder(PROMPTS, {}, seed=0)
+    first = [order.at(number) for number in range(12)]
+    assert len({prompt.id for prompt in first}) == 12
+    assert all({prompt.cell for prompt in first[start : start + 4]} == set(CELLS) for start in (0, 4, 8))
+    second = [order.at(number).id for number in range(12, 24)]
+    assert sorted(second) == sorted(prompt.id for prompt in first)
+    assert [PromptOrder(PROMPTS, {}, seed=0).at(number) for number in (17, 3)] == [order.at(17), order.at(3)], "any group, at any time"
+    assert [PromptOrder(PROMPTS, {}, seed=1).at(number) for number in range(12)] != first
+
+
+def test_a_mix_weighs_the_cells() -> None:
+    order = PromptOrder(PROMPTS, {"violation": 2, "benign": 1, "borderline": 1}, seed=0)
+    for length in (4, 40):
+        assert Counter(order.at(number).cell for number in range(length)) == {
+            "violation": length // 2,
+            "benign": length // 4,
+            "borderline": length // 4,
+        }
+    with pytest.raises(ValueError, match="mix"):
+        RlConfig.model_validate({"mix": {"harmful": 1}})
+
+
+# Metrics
+
+
+def test_a_step_trains_on_the_groups_that_teach_something_or_for_the_kl_on_all() -> None:
+    rows = [row(0, 0.5, drop_reason="no_spread"), row(1, 0.2), row(1, 0.8)]
+    assert effective_groups(rows) == 1 and trained(rows) == rows[1:]
+    assert trained(rows[:1]) == rows[:1]
+
+
+def test_metrics_of_a_step_say_what_was_rewarded_refused_and_drawn() -> None:
+    rows = [
+        row(0, 1.0, rewards=[1.0, 1.0]),
+        row(0, 0.0, rewards=[0.0], answer_kind=None, thought_tokens=0),
+        row(1, 0.5, rewards=[0.25, 0.75], answer_kind="refusal"),
+        row(1, None, answer_kind="refusal", cell="violation", ideal_verdict="refuse"),
+        row(2, 0.5, drop_reason=NOISE, held_out_reward=0.25),
+    ]
+    found = describe(rows)
+    assert found["reward"] == pytest.approx(0.5) and found["reward_low"] <= 0.5 <= found["reward_high"]
+    assert found["judged_share"] == 0.8 and found["refusals"] == 0.5 and found["over_refusals"] == pytest.approx(1 / 3)
+    assert (found["thought_tokens"], found["answer_tokens"]) == (4, 6) and found["rollout_tokens"] == 50
+    assert found["judge_spread"] == pytest.approx((0.0 + 0.25) / 2) and found["held_out_reward"] == 0.25
+    assert (found["drawn_groups"], found["effective_groups"], found["noisy_groups"], found["trained_rollouts"]) == (3, 2, 1, 4)
+    assert "over_refusals" not in describe(rows[3:4]), "what no row tells is left out"
+
+
+# Alarms
+
+
+def history(**courses: tuple[float, float]) -> list[dict[str, Any]]:
+    """Lines of three windows, in which measures move from one value to another, and the others stay as a healthy run's are."""
+    healthy = {"reward": (0.3, 0.6), "rule_reward": (0.3, 0.5), "thought_tokens": (40, 42), "answer_tokens": (60, 50)}
+    healthy |= {"over_refusals": (0.1, 0.15), "reference_kl": (0.0, 0.05), "entropy": (2.0, 1.5), "effective_groups": (6, 4)}
+    steps = 3 * WINDOW
+    return [
+        {"step": step} | {name: start + (end - start) * step / (steps - 1) for name, (start, end) in (healthy | courses).items()}
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "courses"),
+    [
+        ("short_thoughts", {"thought_tokens": (40.0, 5.0)}),
+        ("short_answers", {"answer_tokens": (60.0, 5.0)}),
+        ("over_refusal", {"over_refusals": (0.1, 0.9)}),
+        ("over_optimisation", {"rule_reward": (0.4, 0.3)}),
+        ("over_optimisation", {"held_out_reward": (0.4, 0.3)}),
+        ("drift", {"reference_kl": (0.0, 3.0)}),
+        ("entropy_collapse", {"entropy": (2.0, 0.01)}),
+        ("no_signal", {"effective_groups": (-0.0, 0.0)}),
+    ],
+)
+def test_each_way_to_go_wrong_has_an_alarm_of_its_own(name: str, courses: dict[str, tuple[float, float]]) -> None:
+    found = alarms(history(**courses))
+    assert [alarm.name for alarm in found] == [name] and found[0].step == 3 * WINDOW - 1 and "->" in found[0].text
+
+
+def test_a_healthy_run_and_a_short_one_raise_no_alarm() -> None:
+    assert alarms(history()) == []
+    assert alarms(history(thought_tokens=(40.0, 0.0))[: 2 * WINDOW - 1]) == []
+    assert alarms(history(rule_reward=(0.4, 0.3), held_out_reward=(0.4, 0.5))) == [], "a judge that is held out is asked before the rules"
