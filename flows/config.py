@@ -65,9 +65,10 @@ class RunConfig(Strict):
         content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "sent_to", "policy", "prompts", "overlap"})
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
-        for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"}), ("sft", UNIMPORTANT), ("rl", UNIMPORTANT)):
+        for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"})):
             content[stage] = {name: value for name, value in content[stage].items() if name not in fields}
-        return content
+        trained = {stage: getattr(self, stage).model_dump(mode="json", exclude=UNIMPORTANT) for stage in ("sft", "rl")}
+        return content | trained
 
 
 class RunRequest(BaseModel):

@@ -150,7 +150,8 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         say(f"  starting {config.rl.ranks} x DeepSpeed ZeRO-{config.rl.training.zero_stage}")
         with Progress("rl", "steps") as progress:
             metrics = rl.train_rl(job, str(path), progress)
-        trained = ckpt.finish(store, id, "rl", recipe | {"code": code_version()}, metrics)
+        origin = {"from": start.id, "sync_tolerance": job.sync_tolerance, "code": code_version()}
+        trained = ckpt.finish(store, id, "rl", recipe | origin, metrics)
         (path / "weights.safetensors").unlink(missing_ok=True)
         shutil.rmtree(path / "train", ignore_errors=True)
         return trained

@@ -23,7 +23,10 @@ from tasks.batch import Row, micro_batches, step_rows, steps_per_epoch
 from tasks.progress import Progress
 from tasks.training_log import TrainingLog, followed, last_line
 
-UNIMPORTANT = {"ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps"}
+UNIMPORTANT: dict[str, Any] = {
+    **dict.fromkeys(("ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps", "alarm"), True),
+    "training": {"logit_tokens", "offload"},
+}
 """Fields that leave the result as it is: they may change between an interruption and its continuation."""
 
 

@@ -23,10 +23,12 @@ from ray import cloudpickle
 
 from cluster.chat import Chat, Turn
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
+from cluster.errors import UserError
 from cluster.fleet import Fleet, Line, Stage
 from cluster.pool import Pool
 from flows.config import RunRequest
 from flows.inspect import problems
+from flows.replay import replay
 from tasks import rl, thoughts
 from tasks.compose import plain_turns
 from tasks.ledger import Ledger
@@ -238,12 +240,36 @@ def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, 
     assert len(weights) == 2
 
 
+def test_a_replay_reproduces_the_losses_without_an_engine(chain: dict[str, Any]) -> None:
+    (path,) = (chain["root"] / "checkpoints").glob("rl-*")
+    steps = replay(str(path))
+    assert len(steps) == 2 and not any(step.differs for step in steps)
+    assert any(step.recorded for step in steps), "losses that are all 0 say nothing"
+    with pytest.raises(UserError, match="no rollouts"):
+        replay(str(next((chain["root"] / "checkpoints").glob("sft-*"))))
+
+
+def test_rollouts_say_what_a_later_training_needs(chain: dict[str, Any]) -> None:
+    (path,) = (chain["root"] / "checkpoints").glob("rl-*")
+    rows = rollouts_of(chain["root"], path.name)
+    assert {row["policy_version"] for row in rows} == {0, 1} and all(row["step"] == row["policy_version"] for row in rows)
+    assert all(len(row["logprobs"]) == len(row["token_ids"]) for row in rows)
+    used = [row for row in rows if row["drop_reason"] is None]
+    assert used and all(row["advantage"] == 0 for row in rows if row["drop_reason"])
+    assert all(row["reward"] == pytest.approx(sum(row["rewards"]) / len(row["rewards"])) for row in used)
+
+
+def rollouts_of(root: Path, checkpoint: str) -> list[dict[str, Any]]:
+    """All rollouts that an RL checkpoint learnt from."""
+    files = [shard.path for shard in Ledger(Store(str(root)), f"rollouts/{checkpoint}").shards()]
+    return list(ds.dataset([str(root / file) for file in files]).to_table().to_pylist())
+
+
 def test_the_judge_of_rl_never_reads_a_thought(chain: dict[str, Any], scripted_model: str) -> None:
     chat = Chat(scripted_model)
     (path,) = (chain["root"] / "checkpoints").glob("rl-*")
-    files = [shard.path for shard in Ledger(Store(str(chain["root"])), f"rollouts/{path.name}").shards()]
-    rollouts = ds.dataset([str(chain["root"] / file) for file in files]).to_table().to_pylist()
-    assert len(rollouts) == 32
+    rollouts = rollouts_of(chain["root"], path.name)
+    assert len(rollouts) >= 32
     judged = [thoughts.split(row["token_ids"], chat) for row in rollouts if row["verdicts"]]
     assert len(judged) > 16 and all(isinstance(parts, thoughts.Parts) and parts.thought for parts in judged)
     assert sum(CANARY in parts.thought for parts in judged) > 16

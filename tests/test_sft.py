@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.errors import UserError
+from cluster.errors import Diverged, UserError
 from flows.config import RunRequest, load_run
 from tasks.sft import SftConfig, train_sft
 
@@ -115,6 +115,20 @@ def test_a_finished_run_is_not_done_again_nor_replaced_by_another(finished: Path
     assert again["step"] == STEPS - 1 and (finished / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="another configuration"):
         train_sft(str(rows_file), str(toy), str(finished), sft_config(3))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_run_at_once_and_names_the_rows(finished: Path, rows_file: Path, toy: Path) -> None:
+    output = finished.parent / "diverged"
+    config = sft_config(2)
+    config.save_every_steps = 1
+    config.training.learning_rate = 1e38
+    config.training.warmup_ratio = 0.0
+    with pytest.raises(Diverged, match=r"SFT step 1, rows number \d+, .*became nan; lower training.learning_rate"):
+        train_sft(str(rows_file), str(toy), str(output), config)
+    run = output.parent / ".training" / output.name
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and not output.exists()
+    assert list(run.glob("checkpoint_*/state.json")), "what came before it is kept"
 
 
 @pytest.mark.slow
