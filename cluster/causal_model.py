@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cluster.errors import UserError
+from cluster.models import check_trainable
 from cluster.training_config import TrainingConfig
-
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Configuration of architectures that do more to their logits than to multiply by the output layer."""
 
 
 class TokenScores(NamedTuple):
@@ -91,6 +89,7 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
     """
     if not (Path(model_path) / "config.json").exists():
         raise UserError(f"model {model_path!r} is not a Hugging Face checkpoint directory; resolve the model's name first.")
+    check_trainable(model_path)
     model = _pretrained(model_path, config, zero3_settings)
     if config.gradient_checkpointing:
         # ZeRO-3 frees weights between forward and recomputation, which only the re-entrant form survives
@@ -131,10 +130,7 @@ def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[st
 
 
 def _known(model: Any) -> Any:
-    """The model, if its logits are what its output layer makes of the decoder's last states."""
-    added = [name for name in SCALED_LOGITS if getattr(model.config, name, None) not in (None, 1)]
-    if added:
-        raise UserError(f"model {model.name_or_path}: its configuration has {', '.join(added)}: such models cannot be trained here.")
+    """The model, if it has an output layer."""
     if model.get_output_embeddings() is None:
         raise UserError(f"model {model.name_or_path}: no output layer; a causal language model is needed.")
     return model

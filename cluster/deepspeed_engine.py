@@ -96,8 +96,8 @@ class TrainingEngine:
 
         `loss_fn(scores, micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all micro-batches of all
         ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks. Returns those means with `tokens`
-        (N_global), `gradient_norm` and `learning_rate`, the same on every rank. Raises Diverged, on every rank and with the weights as they
-        were, when loss or gradient is no number.
+        (N_global), `gradient_norm` and `learning_rate`, the same on every rank. Raises Diverged, on every rank, when the loss is no number,
+        with the weights as they were, or when the gradient is none; then nothing of this engine is worth keeping.
         """
         tokens = self._count_tokens(micro_batches)
         learning_rate = self._engine.get_lr()[0]
@@ -116,8 +116,10 @@ class TrainingEngine:
         if not math.isfinite(metrics["loss"]):
             raise Diverged(f"the training loss became {metrics['loss']}; lower training.learning_rate or use float32.")
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()  # None at ZeRO-0
-        return {**metrics, "tokens": tokens, "gradient_norm": float(norm or 0.0), "learning_rate": learning_rate}
+        norm = float(self._engine.get_global_grad_norm() or 0.0)  # None at ZeRO-0
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient's norm became {norm}; lower training.learning_rate or use float32.")
+        return {**metrics, "tokens": tokens, "gradient_norm": norm, "learning_rate": learning_rate}
 
     def evaluate(
         self,

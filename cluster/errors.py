@@ -14,4 +14,4 @@ class UserError(SpecmillError):
 
 
 class Diverged(SpecmillError):
-    """A training run whose loss is no number any more: the same step would end the same way, so nobody tries it again."""
+    """A training run that has gone wrong for good: the same step would end the same way, so nobody tries it again."""

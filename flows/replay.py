@@ -36,17 +36,20 @@ def replay(path: str) -> list[Replayed]:
     if manifest["kind"] != "rl":
         raise UserError(f"{path}: a {manifest['kind']} has no rollouts. Give the directory of an RL checkpoint, <root>/checkpoints/rl-...")
     root, source = folder.parent.parent, manifest["provenance"]
+    if not {"from", "sync_tolerance", "ranks", "gpus_per_rank"} <= set(source):
+        raise UserError(f"{path}: an older version trained it, which did not write down what a replay needs.")
     start = root / "checkpoints" / source["from"] / "model"
     if not start.exists():
         raise UserError(f"{start}: the checkpoint that RL started from is gone. The run's own command trains it anew.")
-    with tempfile.TemporaryDirectory(prefix="replay-") as place:
+    config = RlConfig.model_validate(source["config"] | {name: source[name] for name in ("ranks", "gpus_per_rank")})
+    with tempfile.TemporaryDirectory(prefix="replay-", dir=root) as place:
         job = RlJob(
             root=str(root),
             id=manifest["id"],
             start_path=str(start),
             output=f"{place}/model",
             weights_file="",
-            config=RlConfig.model_validate(source["config"]),
+            config=config.model_copy(update={"save_every_steps": config.steps}),
             source=None,
             sync_tolerance=source["sync_tolerance"],
         )

@@ -151,6 +151,7 @@ def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
         with Progress("rl", "steps") as progress:
             metrics = rl.train_rl(job, str(path), progress)
         origin = {"from": start.id, "sync_tolerance": job.sync_tolerance, "code": code_version()}
+        origin |= {"ranks": config.rl.ranks, "gpus_per_rank": config.rl.gpus_per_rank}
         trained = ckpt.finish(store, id, "rl", recipe | origin, metrics)
         (path / "weights.safetensors").unlink(missing_ok=True)
         shutil.rmtree(path / "train", ignore_errors=True)

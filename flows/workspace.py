@@ -1,6 +1,6 @@
 """What the flows of one run share: the checked inputs, the store and the engines. The outermost flow opens it, inner flows find it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from functools import cached_property
 from cluster.chat import chat_of
 from cluster.engine import EngineConfig
 from cluster.errors import UserError
-from cluster.models import Model
+from cluster.models import Model, check_trainable
 from cluster.pool import Pool
 from cluster.session import ray_session
 from flows.config import RunConfig, RunRequest, load_run
@@ -194,9 +194,10 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
         raise UserError("evaluate.engine.backend: an endpoint takes no weights, and RL and evaluation replace them by each checkpoint's.")
     if generator.model.here and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    for pool in (generator, judge, *([policy_engine] if trains else [])):
-        pool.check_memory()
     held_out = Pool(config.rl.held_out) if config.rl.held_out and trains else None
+    for pool in (generator, judge, *([policy_engine] if trains else []), *([held_out] if held_out else [])):
+        pool.model  # noqa: B018  (raises when there is no such model)
+        pool.check_memory()
     workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
     _check(workspace)
     if trains:
@@ -215,7 +216,12 @@ def _check(run: Workspace) -> None:
     """What would otherwise be found out hours later. Raises UserError."""
     config = run.config
     run.requests  # noqa: B018  (raises when a grammar or a policy does not fit)
-    for name, categories in (("select.category_threshold", config.select.category_threshold), ("sent_to", config.sent_to)):
+    by_category: dict[str, Iterable[str]] = {
+        "select.category_threshold": config.select.category_threshold,
+        "sent_to": config.sent_to,
+        "rl.reward.sections": config.rl.reward.sections,
+    }
+    for name, categories in by_category.items():
         for category in categories:
             if category not in run.policy.categories:
                 raise UserError(f"{name}: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
@@ -255,10 +261,11 @@ def _check_training(run: Workspace) -> None:
     cells = {prompt.cell for prompt in run.split("rl")}
     if missing := sorted(set(config.rl.mix) - cells):
         raise UserError(f"rl.mix: the RL split has no prompts of the cell {', '.join(missing)}; it has {', '.join(sorted(cells))}.")
-    if {cell for cell in cells if config.rl.mix.get(cell, not config.rl.mix)} == {"violation"}:
+    if {cell for cell in cells if cell in config.rl.mix or not config.rl.mix} == {"violation"}:
         say("  rl         draws harmful prompts only: models learn to refuse without a thought. Add prompts of other cells, or see rl.mix.")
     if not run.prompts.size("eval"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
+    check_trainable(run.base_model.path)
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
     limits: dict[Split, int] = {"rl": config.rl.max_tokens, "eval": config.evaluate.max_tokens}
     for split, limit in limits.items():

@@ -11,6 +11,9 @@ from cluster.models import Model
 from tasks.manifest import CHECKPOINT
 from tasks.store import Store
 
+KEPT = ("model", "rows", "tensorboard", "metrics.jsonl")
+"""What of a checkpoint's folder outlives its training."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -32,19 +35,19 @@ def directory(store: Store, id: str) -> Path:
 
 
 def find(store: Store, id: str) -> Checkpoint | None:
-    """A finished checkpoint whose files are all there."""
+    """A finished checkpoint whose model is all there; rows and curves are missed by `verify` alone."""
     manifest = store.read_json(f"checkpoints/{id}/manifest.json", CHECKPOINT)
     path = directory(store, id)
-    if manifest is None or not all((path / file["path"]).exists() for file in manifest["files"]):
+    if manifest is None or not all((path / file["path"]).exists() for file in manifest["files"] if file["path"].startswith("model/")):
         return None
     return _checkpoint(manifest, path, reused=True)
 
 
 def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics: dict[str, Any]) -> Checkpoint:
-    """Writes the manifest of a checkpoint whose model directory is complete."""
+    """Writes the manifest of a checkpoint whose model directory is complete. It names everything that is to be kept."""
     path = directory(store, id)
     files: list[dict[str, Any]] = []
-    for file in sorted((path / "model").iterdir()):
+    for file in sorted(file for name in KEPT for file in (path / name, *(path / name).rglob("*")) if file.is_file()):
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         files.append({"path": file.relative_to(path).as_posix(), "bytes": file.stat().st_size, "sha256": sha256})

@@ -7,7 +7,7 @@ once (`rollouts` ledger); a run that is started again reads them and draws nothi
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tasks.rl_config import RlConfig
 from tasks.rl_metrics import alarms, describe
 from tasks.rollout import DRAW, DrawShard
 from tasks.store import Store
-from tasks.training_log import TrainingLog, followed, last_line, read_lines
+from tasks.training_log import TrainingLog, followed, last_line
 
 STAGE = "rollouts"
 PROBE_TOKENS = 16
@@ -76,23 +76,18 @@ def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict
     return last_line(_log(job))
 
 
-def replay(job: RlJob, storage: str) -> list[dict[str, Any]]:
-    """Trains from the job's recorded rollouts alone, without an engine or a judge; returns its lines, one a step."""
-    train_rl(replace(job, source=None), storage)
-    return read_lines(_log(job))
-
-
 def rl_loop(config: dict[str, Any]) -> None:
     """The SPMD loop: every rank runs it; rank 0 also talks to the engines."""
     job: RlJob = config["job"]
     settings = job.config
     engine = TrainingEngine(job.start_path, settings.training, settings.steps)
-    state = resume(engine) or {"step": 0, "kl": settings.kl}
-    rollouts = Rollouts(job, engine)
+    state = resume(engine) or {"step": 0, "kl": settings.kl, "groups": 0}
+    rollouts = Rollouts(job, engine, state["groups"])
     log = TrainingLog(_log(job), state["step"]) if engine.rank == 0 else None
     kl = state["kl"]
     for step in range(state["step"], settings.steps):
         rows, seconds = rollouts.of(step)
+        on_policy = "rollout_seconds" in seconds and rows[0]["policy_version"] == step
         started = time.monotonic()
         batches = _batches(trained(rows), settings, engine)
         try:
@@ -100,10 +95,10 @@ def rl_loop(config: dict[str, Any]) -> None:
         except Diverged as error:
             prompts = ", ".join(sorted({row["prompt_id"] for row in trained(rows)}))
             raise Diverged(f"RL step {step}, rollouts of {prompts}: {error}") from error
-        if rows[0]["policy_version"] == step:
-            _verify_sync(metrics["rollout_mismatch"], job.sync_tolerance, step)
-        kl = _steered(kl, metrics.get("reference_kl"), settings.kl_target)
+        if on_policy:
+            rollouts.verify(step, metrics["rollout_mismatch"])
         metrics |= describe(rows) | seconds | {"step": step, "kl_weight": kl, "train_seconds": time.monotonic() - started}
+        kl = _steered(kl, metrics.get("reference_kl"), settings.kl_target)
         if step + 1 == settings.steps and job.source:
             metrics["last_push_mismatch"] = rollouts.push(step + 1)
         if log:
@@ -112,15 +107,17 @@ def rl_loop(config: dict[str, Any]) -> None:
             if found and settings.alarm == "stop":
                 raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop)")
         if (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps:  # what follows the last step is the export
-            report(metrics, engine, {"step": step + 1, "kl": kl})
+            report(metrics, engine, {"step": step + 1, "kl": kl, "groups": rollouts.groups})
     engine.export(job.output)
 
 
 class Rollouts:
     """The rollouts of each step for all ranks: rank 0 has them drawn, writes them and reads them; the others read what it wrote."""
 
-    def __init__(self, job: RlJob, engine: TrainingEngine) -> None:
+    def __init__(self, job: RlJob, engine: TrainingEngine, groups: int) -> None:
         self._job, self._engine = job, engine
+        self.groups = groups
+        """Groups that were drawn so far: the next one's number."""
         self._store = Store(job.root)
         self._ledger = Ledger(self._store, f"{STAGE}/{job.id}")
         self._ahead: Future[Collected] | None = None
@@ -134,19 +131,30 @@ class Rollouts:
             if self._job.source is None:
                 raise SpecmillError(f"{self._job.root}: no rollouts of step {step} are recorded; there is nothing to replay from there on.")
             if self._ahead is None:
-                seconds["sync_seconds"] = self._send(step)
+                self._push(step, seconds)
+            made = Collected()
             if self._engine.rank == 0:
-                made = self._ahead.result() if self._ahead else self._collect(step, step, self._next_group(step))
-                seconds |= {"rollout_seconds": made.rollout_seconds, "judge_seconds": made.judge_seconds}
+                made = self._ahead.result() if self._ahead else self._collect(step, step)
             rows = self._await(step)
+            seconds |= {"rollout_seconds": made.rollout_seconds, "judge_seconds": made.judge_seconds}
         self._ahead = None
+        self.groups = 1 + max(row["group"] for row in rows)
         if self._job.config.one_step_off and self._job.source and step + 1 < self._job.config.steps and self._agreed(step + 1) is None:
-            self._draw_ahead(step + 1, rows, seconds)
+            self._push(step, seconds)
+            self._ahead = self._thread.submit(self._collect, step + 1, step) if self._engine.rank == 0 else Future()
         return rows, seconds
+
+    def verify(self, step: int, mismatch: float) -> None:
+        """Raises SpecmillError when the rollouts of a step were not drawn with its weights; they are thrown away then."""
+        if self._engine.rank == 0 and not mismatch <= self._job.sync_tolerance:
+            self._ledger.commit(lost=self._shards(step))
+        _verify_sync(mismatch, self._job.sync_tolerance, step)
 
     def push(self, version: int) -> float:
         """Gives the engines the trainer's weights; returns the mean difference of log-probabilities on a few tokens of each engine."""
-        self._send(version)
+        write_weights(self._job.weights_file, self._engine.named_weights(), self._engine.rank)
+        if self._engine.rank == 0 and self._job.source:
+            self._job.source.policy.load_weights(self._job.weights_file, version)
         rows: list[Row] = _agree(self._probe(version) if self._engine.rank == 0 else None)
         engine, config = self._engine, self._job.config
         batches = micro_batches(rows, config.training.micro_batch_tokens, engine.rank, engine.world_size)
@@ -160,33 +168,21 @@ class Rollouts:
         _verify_sync(mismatch, self._job.sync_tolerance, version)
         return mismatch
 
-    def _draw_ahead(self, step: int, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
-        """Begins with the rollouts of the step after this one, under the weights of before this one."""
-        started, version = time.monotonic(), step - 1
-        self.push(version)  # no step compares these rollouts with the weights that drew them
-        seconds["sync_seconds"] = seconds.get("sync_seconds", 0.0) + time.monotonic() - started
-        if self._engine.rank == 0:
-            self._ahead = self._thread.submit(self._collect, step, version, 1 + max(row["group"] for row in rows))
-        else:
-            self._ahead = Future()
-
-    def _send(self, version: int) -> float:
+    def _push(self, version: int, seconds: dict[str, float]) -> None:
         started = time.monotonic()
-        write_weights(self._job.weights_file, self._engine.named_weights(), self._engine.rank)
-        if self._engine.rank == 0 and self._job.source:
-            self._job.source.policy.load_weights(self._job.weights_file, version)
-        return time.monotonic() - started
+        self.push(version)
+        seconds["sync_seconds"] = seconds.get("sync_seconds", 0.0) + time.monotonic() - started
 
-    def _collect(self, step: int, version: int, first_group: int) -> Collected:
+    def _collect(self, step: int, version: int) -> Collected:
         assert self._job.source
-        made = collect(self._job.source, step, version, first_group)
+        made = collect(self._job.source, step, version, self.groups)
         table = pa.Table.from_pylist(made.rows, schema=tables.ROLLOUTS)
-        self._ledger.commit([self._store.put_table(_folder(self._job.id, step), table)])
+        self._ledger.commit([self._store.put_table(_folder(self._job.id, step), table)], lost=self._shards(step))
         return made
 
-    def _next_group(self, step: int) -> int:
-        """The first group that no step before this one has drawn."""
-        return 1 + max((row["group"] for row in self._committed(step - 1) or ()), default=-1) if step else 0
+    def _shards(self, step: int) -> list[str]:
+        """Files of a step's rollouts that the ledger names."""
+        return [shard.path for shard in self._ledger.shards() if shard.path.startswith(f"{_folder(self._job.id, step)}/")]
 
     def _agreed(self, step: int) -> list[dict[str, Any]] | None:
         """The rows of a step that lie there, the same on every rank."""
@@ -194,9 +190,9 @@ class Rollouts:
         return self._await(step) if there else None
 
     def _committed(self, step: int) -> list[dict[str, Any]] | None:
-        for shard in self._ledger.shards():
-            if shard.path.startswith(_folder(self._job.id, step)) and self._store.exists(shard.path):
-                return list(self._store.read_table(shard.path).to_pylist())
+        for path in self._shards(step):
+            if self._store.exists(path):
+                return list(self._store.read_table(path).to_pylist())
         return None
 
     def _await(self, step: int) -> list[dict[str, Any]]:
@@ -251,7 +247,9 @@ def _loss(
     references = iter(kept)
 
     def loss(scores: TokenScores, batch: MicroBatch) -> TokenLoss:
-        values, logp, old = batch.values, scores.logp, scores.logp.detach()
+        values, logp = batch.values, scores.logp
+        # one step off, the ratio is taken to the policy that drew; fresh rollouts are this one's, but for the engine's numerics
+        old = values["rollout"] if settings.one_step_off else logp.detach()
         clip = (settings.clip_low, settings.clip_high)
         result = policy_gradient(logp, old, values["rollout"], values["advantage"], batch.mask, clip, settings.tis_cap)
         result = TokenLoss(result.loss, {**result.stats, "entropy": scores.entropy * batch.mask})

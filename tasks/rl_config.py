@@ -1,8 +1,8 @@
 """How the policy learns from its own answers: the configuration of RL. No torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.engine import EngineConfig
 from cluster.training_config import TrainingConfig
@@ -33,11 +33,11 @@ class RlConfig(Strict):
         title="Rounds of drawing",
         description="Groups whose rewards teach nothing are replaced by groups of further prompts, in so many rounds of a step at most.",
     )
-    mix: dict[Cell, float] = Field(
+    mix: dict[Cell, Annotated[float, Field(gt=0)]] = Field(
         {},
         title="Mix",
-        description="Cell -> weight of its prompts in a step. Left out, all cells weigh the same: harmful prompts alone teach a model to "
-        "refuse without a thought.",
+        description="Cell -> weight of its prompts in a step; cells that are not named are not drawn. Left out, all cells weigh the same: "
+        "harmful prompts alone teach a model to refuse without a thought.",
     )
     max_tokens: int = Field(1024, ge=16, title="Rollout length", description="Longest rollout, in tokens; a cut one gets the floor.")
     temperature: float = Field(1.0, gt=0, le=2, title="Temperature", description="Sampling temperature of rollouts.")
@@ -65,15 +65,29 @@ class RlConfig(Strict):
     target: Target = Field(
         "all",
         title="Reward target",
-        description="all: thought and answer are moved by the reward; answer: the answer alone (arXiv 2511.11584).",
+        description="all: the reward moves thought and answer; answer: the answer alone (arXiv 2511.11584), but one without a closed "
+        "thought as a whole.",
     )
-    kl: float = Field(0.02, ge=0, title="KL weight", description="Weight of the ratio-weighted KL to the checkpoint RL starts from.")
+    kl: float = Field(
+        0.02,
+        ge=0,
+        title="KL weight",
+        description="Weight of the ratio-weighted KL to the checkpoint RL starts from; at 0 it is not measured.",
+    )
     kl_target: float | None = Field(
         None, gt=0, title="KL target", description="Nats a token that the weight of the KL is steered towards; left out, it stays."
     )
-    clip_low: float = Field(0.2, gt=0, lt=1, title="Lower clip", description="Lower bound of the ratio.")
-    clip_high: float = Field(0.28, gt=0, title="Upper clip", description="Upper bound of the ratio (clip-higher).")
-    tis_cap: float = Field(2.0, ge=1, title="Correction cap", description="Largest truncated importance weight of a token.")
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        title="Lower clip",
+        description="One step off, the ratio to the policy that drew is clipped this far below 1. On fresh rollouts it is 1.",
+    )
+    clip_high: float = Field(0.28, gt=0, title="Upper clip", description="The same above 1 (clip-higher).")
+    tis_cap: float = Field(
+        2.0, ge=1, title="Correction cap", description="Fresh rollouts: largest importance weight of a token for the engine's numerics."
+    )
     advantage: AdvantageKind = Field(
         "grpo", title="Advantage", description="grpo: spread of the group divided out; dr_grpo: not; rloo: against the mean of the others."
     )
@@ -86,7 +100,7 @@ class RlConfig(Strict):
     alarm: Literal["say", "stop"] = Field(
         "say",
         title="Alarm",
-        description="What a sign of collapse or of a deceived judge does: a line in log and report, or the end of the run.",
+        description="What a sign of collapse or of a deceived judge does: a line on terminal and in the metrics, or the end of the run.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
     ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; may change when a run goes on.")
@@ -94,6 +108,12 @@ class RlConfig(Strict):
     gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
     save_every_steps: int = Field(1, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most.")
     training: RlTrainingConfig = Field(RlTrainingConfig(), title="Training", description="DeepSpeed settings.")
+
+    @model_validator(mode="after")
+    def _steers_what_there_is(self) -> "RlConfig":
+        if self.kl_target and not self.kl:
+            raise ValueError("kl_target: needs a `kl` above 0 to steer")
+        return self
 
     @property
     def asks_judge(self) -> bool:

@@ -9,7 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from tasks.collect import NOISE, effective_groups, trained
-from tasks.statistics import clustered_mean
+from tasks.statistics import Proportion, clustered_mean
 
 RESAMPLES = 500
 WINDOW = 4
@@ -17,9 +17,11 @@ WINDOW = 4
 SHORTER = 0.5
 """Share of its first length that a thought or an answer may not fall below."""
 REFUSES = 0.25
-"""So much may the share of refusals rise where help is allowed."""
+"""So much may the share of refusals rise where help is allowed; the intervals of both shares have to be apart, too."""
 DECEIVED = 0.1
-"""So much may the reward rise while a measure that rewards nothing does not."""
+"""So much may the reward rise while a measure that rewards nothing falls by half of it."""
+SATISFIED = 0.9
+"""Rules that are so content from the beginning can only fall."""
 DRIFTED = 1.0
 """Nats a token that the policy may be away from where it started."""
 SETTLED = 0.2
@@ -44,6 +46,7 @@ def describe(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "judged_share": _mean(float(row["answer_kind"] is not None) for row in rows),
         "refusals": _mean(float(row["answer_kind"] == "refusal") for row in formed),
         "over_refusals": _mean(float(row["answer_kind"] == "refusal") for row in may_help),
+        "may_be_helped": float(len(may_help)),
         "thought_tokens": _mean(row["thought_tokens"] for row in formed),
         "answer_tokens": _mean(len(row["token_ids"]) - row["thought_tokens"] for row in formed),
         "judge_spread": _mean(pstdev(row["rewards"]) for row in rows if len(row["rewards"]) > 1),
@@ -83,17 +86,28 @@ def alarms(lines: Sequence[dict[str, Any]]) -> list[Alarm]:
         values = both(measure)
         if values and (text := judge(*values)):
             found.append(Alarm(name, step, f"{measure} {values[0]:.3g} -> {values[1]:.3g}: {text}"))
+    before, now = (_refused(part) for part in (first, last))
+    if now.value is not None and now.value - (before.value or 0.0) > REFUSES and now.interval[0] > before.interval[1]:
+        text = f"over_refusals {before.value or 0.0:.2g} -> {now.value:.2g}: it refuses what may be helped with"
+        found.append(Alarm("over_refusal", step, text))
     reward = both("reward")
     for measure in ("held_out_reward", "rule_reward"):
         other = both(measure)
         if reward and other:
-            if reward[1] - reward[0] > DECEIVED and other[1] <= other[0]:
+            knows = measure != "rule_reward" or other[0] < SATISFIED
+            if knows and reward[1] - reward[0] > DECEIVED and other[0] - other[1] > DECEIVED / 2:
                 text = (
                     f"reward {reward[0]:.3g} -> {reward[1]:.3g} while {measure} {other[0]:.3g} -> {other[1]:.3g}: the reward is being gamed"
                 )
                 found.append(Alarm("over_optimisation", step, text))
             break  # the rules stand in where no judge is held out
     return found
+
+
+def _refused(lines: Sequence[dict[str, Any]]) -> Proportion:
+    """Refusals of what may be helped with, of all steps together."""
+    counted = [(line["over_refusals"] * line["may_be_helped"], line["may_be_helped"]) for line in lines if "over_refusals" in line]
+    return Proportion(round(sum(refused for refused, _ in counted)), round(sum(total for _, total in counted)))
 
 
 def _shorter(before: float, now: float) -> str | None:
@@ -103,7 +117,7 @@ def _shorter(before: float, now: float) -> str | None:
 SIGNS: tuple[tuple[str, str, Callable[[float, float], str | None]], ...] = (
     ("short_thoughts", "thought_tokens", _shorter),
     ("short_answers", "answer_tokens", _shorter),
-    ("over_refusal", "over_refusals", lambda before, now: "it refuses what may be helped with" if now - before > REFUSES else None),
+    ("no_thoughts", "judged_share", _shorter),
     ("drift", "reference_kl", lambda before, now: "far from where RL started; raise rl.kl" if now > DRIFTED else None),
     ("entropy_collapse", "entropy", lambda before, now: "it has settled on few answers" if now < SETTLED * before else None),
     ("no_signal", "effective_groups", lambda before, now: "no group of answers differs in reward" if now == 0 else None),

@@ -6,6 +6,7 @@ last checkpoint with the rows that come next; a run that is finished is not done
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from tasks.progress import Progress
 from tasks.training_log import TrainingLog, followed, last_line
 
 UNIMPORTANT: dict[str, Any] = {
-    **dict.fromkeys(("ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps", "alarm"), True),
+    **dict.fromkeys(("ranks", "cpus_per_rank", "gpus_per_rank", "save_every_steps", "sync_tolerance", "held_out", "alarm"), True),
     "training": {"logit_tokens", "offload"},
 }
 """Fields that leave the result as it is: they may change between an interruption and its continuation."""
@@ -53,8 +54,9 @@ def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig, p
     """Fine-tunes the checkpoint `model_path` on a Parquet file and exports to `output`; returns the last step's metrics.
 
     Columns: input_ids list<int32> and prompt_length int32, the number of leading tokens that are not learnt. Beside the
-    weights `output` gets `metrics.jsonl` and `run.json`. Until then the run lies in `.training/<name>` next to `output`, where
-    all nodes must see it. Raises UserError when that place belongs to a run with other rows or another configuration.
+    weights `output` gets `metrics.jsonl` and `run.json`; the curves for TensorBoard go next to it. Until then the run lies in
+    `.training/<name>` next to `output`, where all nodes must see it. Raises UserError when that place belongs to a run with other
+    rows or another configuration.
     """
     target = Path(output).absolute()
     storage = target.parent / ".training"
@@ -83,6 +85,7 @@ def train_sft(rows_path: str, model_path: str, output: str, config: SftConfig, p
             storage=str(storage),
             name=target.name,
         )
+    shutil.copytree(run / "tensorboard", target.parent / "tensorboard", dirs_exist_ok=True)
     return last_line(target / "metrics.jsonl")
 
 

@@ -19,7 +19,9 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, set(mine))
 
 
-LONGEST_FIRST = ["chain", "kill_matrix", "sft", "doors", "s3", "vllm_server", "incremental", "training_engine", "cluster_room"]
+LONGEST_FIRST = [
+    "chain", "kill_matrix", "sft", "doors", "s3", "rl_recovery", "vllm_server", "incremental", "training_engine", "cluster_room"
+]  # fmt: skip
 """Files that take minutes. Processes side by side take the next file when theirs is done: a long one at the end leaves cores idle."""
 
 
@@ -52,6 +54,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     parents = {name: getattr(tokens, name) for name in names}
     save_llama(path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, **parents)
     copy_tokenizer(parent, path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def scripted_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of the tiny model, taught one thought and one answer."""
+    from scripted_model import teach
+
+    path = tmp_path_factory.mktemp("scripted-model")
+    teach(tiny_model, path)
     return str(path)
 
 

@@ -20,6 +20,7 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 from ray import cloudpickle
+from scripted_model import CANARY, CATEGORIES
 
 from cluster.chat import Chat, Turn
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
@@ -30,51 +31,17 @@ from flows.config import RunRequest
 from flows.inspect import problems
 from flows.replay import replay
 from tasks import rl, thoughts
-from tasks.compose import plain_turns
+from tasks.garbage import garbage
 from tasks.ledger import Ledger
 from tasks.policy import load_policy
-from tasks.prompts import Prompt, read_rows
-from tasks.sources import source_files
 from tasks.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.chain]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
 
 SPECS = Path(__file__).parent.parent / "specs"
-CATEGORIES = ("self-harm", "extremism")
-CANARY, ANSWER = "zebra quill", "The harbour opens at nine."
 LIMIT = 40
 PROBE = "Which bird nests on a cliff?"
-
-
-@pytest.fixture(scope="module")
-def scripted_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model, taught to answer the prompts of the run with one thought and one answer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from cluster.models import copy_tokenizer
-
-    torch.manual_seed(0)
-    chat = Chat(tiny_model)
-    rows = [row for _, _, row in read_rows(source_files(SPECS / "prompts"), load_policy(str(SPECS / "policies" / "base")))]
-    script = [*thoughts.join(CANARY, ANSWER, chat), chat.end_of_turn]
-    prompts = [row for row in rows if isinstance(row, Prompt) and row.category in CATEGORIES]
-    asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in prompts]
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
-    targets = torch.tensor(script)
-    for step in range(200):
-        ids = torch.tensor([asked[step % len(asked)] + script])
-        loss = torch.nn.functional.cross_entropy(model(ids, logits_to_keep=len(script) + 1).logits[0, :-1], targets)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert float(loss.detach()) < 0.02
-    path = tmp_path_factory.mktemp("scripted-model")
-    model.save_pretrained(path)
-    copy_tokenizer(Path(tiny_model), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +205,12 @@ def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, 
     assert any(line["effective_groups"] for line in lines)
     weights = {json.loads(file.read_text())["weights"] for file in (chain["root"] / "checkpoints").glob("*/manifest.json")}
     assert len(weights) == 2
+
+
+def test_what_a_checkpoint_is_read_by_is_no_garbage(chain: dict[str, Any]) -> None:
+    folders = [f"checkpoints/{path.parent.name}" for path in (chain["root"] / "checkpoints").glob("*/manifest.json")]
+    assert len(folders) == 2 and not [file for file in garbage(Store(str(chain["root"])), 0) if file.path.startswith(tuple(folders))]
+    assert all(list((chain["root"] / folder / "tensorboard").glob("events.*")) for folder in folders)
 
 
 def test_a_replay_reproduces_the_losses_without_an_engine(chain: dict[str, Any]) -> None:

@@ -132,6 +132,9 @@ def test_words_that_repeat_themselves_are_no_substance() -> None:
         "Of five candidates, the judge chose two.",
         "The evaluation took place in May.",
         "She got full marks, the top score in her class.",
+        "This text makes three points: dogs, cats and birds.",
+        "Dear Judge Smith, the judge must give you time to answer.",
+        "sizes = [5, 5]",
     ],
 )
 def test_ordinary_talk_of_grades_is_not_taken_for_a_plea(answer: str) -> None:

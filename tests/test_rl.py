@@ -100,7 +100,8 @@ def test_metrics_of_a_step_say_what_was_rewarded_refused_and_drawn() -> None:
 def history(**courses: tuple[float, float]) -> list[dict[str, Any]]:
     """Lines of three windows, in which measures move from one value to another, and the others stay as a healthy run's are."""
     healthy = {"reward": (0.3, 0.6), "rule_reward": (0.3, 0.5), "thought_tokens": (40, 42), "answer_tokens": (60, 50)}
-    healthy |= {"over_refusals": (0.1, 0.15), "reference_kl": (0.0, 0.05), "entropy": (2.0, 1.5), "effective_groups": (6, 4)}
+    healthy |= {"judged_share": (0.5, 0.9), "may_be_helped": (16, 16), "over_refusals": (0.1, 0.25)}
+    healthy |= {"reference_kl": (0.0, 0.05), "entropy": (2.0, 1.5), "effective_groups": (6, 4)}
     steps = 3 * WINDOW
     return [
         {"step": step} | {name: start + (end - start) * step / (steps - 1) for name, (start, end) in (healthy | courses).items()}
@@ -114,6 +115,7 @@ def history(**courses: tuple[float, float]) -> list[dict[str, Any]]:
         ("short_thoughts", {"thought_tokens": (40.0, 5.0)}),
         ("short_answers", {"answer_tokens": (60.0, 5.0)}),
         ("over_refusal", {"over_refusals": (0.1, 0.9)}),
+        ("no_thoughts", {"judged_share": (0.9, 0.1)}),
         ("over_optimisation", {"rule_reward": (0.4, 0.3)}),
         ("over_optimisation", {"held_out_reward": (0.4, 0.3)}),
         ("drift", {"reference_kl": (0.0, 3.0)}),
@@ -129,4 +131,6 @@ def test_each_way_to_go_wrong_has_an_alarm_of_its_own(name: str, courses: dict[s
 def test_a_healthy_run_and_a_short_one_raise_no_alarm() -> None:
     assert alarms(history()) == []
     assert alarms(history(thought_tokens=(40.0, 0.0))[: 2 * WINDOW - 1]) == []
+    assert alarms(history(rule_reward=(1.0, 0.85))) == [], "rules that ask for no more than a sentence can only be disappointed"
+    assert alarms(history(over_refusals=(0.0, 0.6), may_be_helped=(1, 1))) == [], "four answers say nothing"
     assert alarms(history(rule_reward=(0.4, 0.3), held_out_reward=(0.4, 0.5))) == [], "a judge that is held out is asked before the rules"
