@@ -9,7 +9,7 @@ import heapq
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -36,16 +36,14 @@ class MicroBatch:
 
     input_ids, position_ids: int64 [T]; position ids restart at 0 with every row.
     learnt: int64 [L], the positions that predict a learnt token; only their logits are computed.
-    targets: int64 [L], the tokens that they predict. values: float32 [L] each. row: int64 [L], the row that they belong to.
-    mask: float32 [L], the loss weight of each prediction: 1, and 0 in a dummy. In a batch of pairs the weight of a pair lies on the
-    first prediction of its first row.
+    targets: int64 [L], the tokens that they predict. values: float32 [L] each.
+    mask: float32 [L], the loss weight of each prediction: 1, and 0 in a dummy.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     learnt: Tensor
     targets: Tensor
-    row: Tensor
     mask: Tensor
     values: Mapping[str, Tensor]
 
@@ -56,7 +54,6 @@ class MicroBatch:
             self.position_ids.to(device),
             self.learnt.to(device),
             self.targets.to(device),
-            self.row.to(device),
             self.mask.to(device),
             {name: value.to(device) for name, value in self.values.items()},
         )
@@ -92,25 +89,11 @@ def micro_batches(rows: Sequence[Row], token_budget: int, rank: int, ranks: int)
     return [pack([rows[index] for index in indices]) if indices else dummy(names) for indices in plan]
 
 
-def pair_batches(pairs: Sequence[tuple[Row, Row]], token_budget: int, rank: int, ranks: int) -> list[MicroBatch]:
-    """This rank's share of a step's pairs, each pair in one micro-batch: its rows are numbers 2i and 2i + 1, and it weighs 1."""
-    names = sorted(pairs[0][0].values) if pairs else []
-    plan = assign([len(first.input_ids) + len(second.input_ids) for first, second in pairs], token_budget, ranks)[rank]
-    return [_pack_pairs([pairs[index] for index in indices]) if indices else dummy(names) for indices in plan]
-
-
-def _pack_pairs(pairs: Sequence[tuple[Row, Row]]) -> MicroBatch:
-    batch = pack([row for pair in pairs for row in pair])
-    begins = torch.diff(batch.row, prepend=torch.tensor([-1])) > 0
-    return replace(batch, mask=(begins & (batch.row % 2 == 0)).float())
-
-
 def pack(rows: Sequence[Row]) -> MicroBatch:
     """Lays rows end to end. Raises UserError for a row without a prompt token or without a learnt token."""
     learnt: list[int] = []
-    owners: list[int] = []
     start = 0
-    for number, row in enumerate(rows):
+    for row in rows:
         length = len(row.input_ids)
         if not 1 <= row.prompt_length < length:
             raise UserError(
@@ -120,19 +103,18 @@ def pack(rows: Sequence[Row]) -> MicroBatch:
         if any(len(values) != length - row.prompt_length for values in row.values.values()):
             raise ValueError("a row's values have to be as many as its learnt tokens")
         learnt += range(start + row.prompt_length - 1, start + length - 1)
-        owners += [number] * (length - row.prompt_length)
         start += length
     input_ids = torch.tensor([token for row in rows for token in row.input_ids])
     position_ids = torch.cat([torch.arange(len(row.input_ids)) for row in rows])
     positions = torch.tensor(learnt)
     values = {name: torch.tensor([value for row in rows for value in row.values[name]], dtype=torch.float32) for name in rows[0].values}
-    return MicroBatch(input_ids, position_ids, positions, input_ids[positions + 1], torch.tensor(owners), torch.ones(len(learnt)), values)
+    return MicroBatch(input_ids, position_ids, positions, input_ids[positions + 1], torch.ones(len(learnt)), values)
 
 
 def dummy(value_names: Sequence[str]) -> MicroBatch:
     """A prediction of weight zero: a rank without rows still runs the forward and backward pass that its peers wait in."""
     ids, one = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    return MicroBatch(ids, torch.arange(2), one, one, one, torch.zeros(1), {name: torch.zeros(1) for name in value_names})
+    return MicroBatch(ids, torch.arange(2), one, one, torch.zeros(1), {name: torch.zeros(1) for name in value_names})
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""Losses of SFT, RL and preference learning, and the KL penalty. Pure torch.
+"""Losses of SFT and RL, and the KL penalty. Pure torch.
 
 Every function works on flat tensors of L predictions (`tasks.batch.MicroBatch`). A loss is returned *per token and unweighted*,
 zero where the mask is zero; nothing here divides. The engine multiplies by the mask and divides once, by the sum of the masks of the
@@ -8,7 +8,6 @@ whole step over all ranks (`cluster.deepspeed_engine.TrainingEngine.step`), so a
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.causal_model import TokenScores
@@ -32,26 +31,6 @@ def nll(scores: TokenScores, mask: Tensor) -> TokenLoss:
     The statistic `accuracy` is the share of learnt tokens that are the model's first choice.
     """
     return TokenLoss(_where(mask, -scores.logp), {"accuracy": _where(mask, scores.top), "entropy": _where(mask, scores.entropy)})
-
-
-def dpo(logp: Tensor, reference_logp: Tensor, row: Tensor, mask: Tensor, beta: float) -> TokenLoss:
-    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290, equation 7) of packed pairs, all arguments [L].
-
-    Rows 2i and 2i + 1 of the micro-batch are the chosen and the rejected completion of pair i; `row` says which row a token belongs to.
-    Each pair has weight 1, on the first token of its chosen row: `mask` is 1 there and 0 elsewhere, so that the engine divides by the
-    number of pairs. `reference_logp` is what the starting weights say. Statistics: share of pairs that the policy orders as the judge
-    does against the reference (`accuracy`), and the implicit rewards beta log(pi / reference) of both completions.
-    """
-    sums = logp.new_zeros(int(row.max()) + 1).index_add(0, row, logp - reference_logp)
-    first = mask > 0
-    if not first.any():
-        nothing = logp * 0.0
-        return TokenLoss(nothing, {name: nothing.detach() for name in ("accuracy", "chosen_reward", "rejected_reward")})
-    chosen, rejected = beta * sums[0::2], beta * sums[1::2]
-    pair = row // 2
-    margin = (chosen - rejected)[pair]
-    stats = {"accuracy": (margin > 0).float(), "chosen_reward": chosen[pair], "rejected_reward": rejected[pair]}
-    return TokenLoss(_where(mask, -F.logsigmoid(margin)), {name: _where(mask, value.detach()) for name, value in stats.items()})
 
 
 def policy_gradient(
