@@ -48,7 +48,10 @@ def check_trainable(path: str) -> None:
     """Raises UserError for an architecture that does more to its logits than to multiply by the output layer: training leaves that out."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: transformers cannot read its config.json: {str(error).splitlines()[0]}") from error
     added = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)]
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")

@@ -1,16 +1,19 @@
 """Run files: layers, and one clear message with the right exit code for everything that can be wrong with them."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from cluster.errors import UserError
+from cluster.models import check_trainable
 from flows.config import RunConfig, RunRequest, load_run
 from flows.workspace import prepare
 from tasks.sources import Source
@@ -185,3 +188,12 @@ def test_reading_a_run_file_does_not_import_prefect():
     """Prefect takes its settings from the environment when it is imported; the command makes them from the run file."""
     code = "import sys, flows.config, tasks.store; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("change", "message"), [({"logit_scale": 0.5}, "logit_scale"), ({"model_type": "no-such"}, "config.json")])
+def test_a_model_that_cannot_be_trained_is_told_before_anything_starts(tiny_model: str, tmp_path: Path, change: Any, message: str) -> None:
+    content = json.loads((Path(tiny_model) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(UserError, match=message):
+        check_trainable(str(tmp_path))
+    check_trainable(tiny_model)
