@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tasks.collect import NOISE, PromptOrder, effective_groups, trained
+from tasks.collect import NO_SPREAD, NOISE, PromptOrder, _weigh, effective_groups, trained
 from tasks.prompts import CELLS, Message, Prompt
+from tasks.rl import _steered
 from tasks.rl_config import RlConfig
 from tasks.rl_metrics import WINDOW, alarms, describe
 
@@ -92,6 +93,25 @@ def test_metrics_of_a_step_say_what_was_rewarded_refused_and_drawn() -> None:
     assert found["judge_spread"] == pytest.approx((0.0 + 0.25) / 2) and found["held_out_reward"] == 0.25
     assert (found["drawn_groups"], found["effective_groups"], found["noisy_groups"], found["trained_rollouts"]) == (3, 2, 1, 4)
     assert "over_refusals" not in describe(rows[3:4]), "what no row tells is left out"
+
+
+def test_groups_that_teach_nothing_say_why_and_get_no_advantage() -> None:
+    runs = {0: [[0.5, 0.5], [0.5, 0.5]], 1: [[0.4, 0.6], [0.5, 0.7]], 2: [[0.0, 0.0], [1.0, 1.0]]}
+    rows = [row(group, sum(given) / 2, rewards=given) for group, answers in runs.items() for given in answers]
+    _weigh(rows, RlConfig(noise="drop", advantage="dr_grpo"))
+    assert [(found["drop_reason"], found["advantage"]) for found in rows] == [
+        (NO_SPREAD, 0), (NO_SPREAD, 0), (None, pytest.approx(-0.05)), (None, pytest.approx(0.05)), (None, -0.5), (None, 0.5)
+    ]  # fmt: skip
+    rows[2] |= {"rewards": [0.1, 0.9], "reward": 0.5}
+    _weigh(rows, RlConfig(noise="drop", advantage="dr_grpo"))
+    assert [found["drop_reason"] for found in rows[2:4]] == [NOISE, NOISE] and rows[3]["advantage"] == 0
+
+
+def test_the_weight_of_the_kl_follows_its_target_slowly_and_only_if_there_is_one() -> None:
+    assert _steered(0.1, 5.0, None) == 0.1
+    assert _steered(0.1, 5.0, 0.5) == pytest.approx(0.102) and _steered(0.1, 0.0, 0.5) == pytest.approx(0.098)
+    with pytest.raises(ValueError, match="kl_target"):
+        RlConfig(kl=0, kl_target=0.1)
 
 
 # Alarms
