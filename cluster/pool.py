@@ -27,10 +27,10 @@ RELEASE_SECONDS = 30
 
 
 class Pool:
-    """Engines that start when they are first needed and end with the `with` block."""
+    """Engines that start when they are first needed and end with the `with` block. They serve `model`, or else what `config` names."""
 
-    def __init__(self, config: EngineConfig, receives_weights: bool = False) -> None:
-        self.config, self.receives_weights = config, receives_weights
+    def __init__(self, config: EngineConfig, receives_weights: bool = False, model: Model | None = None) -> None:
+        self.config, self.receives_weights, self._served = config, receives_weights, model
         self._fleet: Fleet | None = None
         self._starting: list[Any] = []
 
@@ -43,6 +43,8 @@ class Pool:
     @cached_property
     def model(self) -> Model:
         """The model that is served. Raises UserError when there is no such model."""
+        if self._served:
+            return self._served
         if self.config.remote:
             return endpoint_model(self.config)
         return fake_model(self.config) if self.config.backend == "fake" else resolve_model(self.config.model, self.config.revision)

@@ -11,12 +11,15 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.errors import Diverged, SpecmillError, UserError
+from cluster.training_config import WorkersConfig
 
 if TYPE_CHECKING:
     from cluster.deepspeed_engine import TrainingEngine
+
+T = TypeVar("T")
 
 ABORT_SECONDS = 30.0
 """How long an interrupted run waits for its workers to stop in order."""
@@ -40,15 +43,13 @@ KEEP_MEMORY = {
 def run_workers(
     loop: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
+    workers: WorkersConfig,
     *,
-    ranks: int,
-    cpus_per_rank: float,
-    gpus_per_rank: float,
     storage: str,
     name: str,
     max_failures: int = 2,
 ) -> None:
-    """Calls `loop(config)` on `ranks` workers and returns when it has returned on all of them.
+    """Calls `loop(config)` on the workers and returns when it has returned on all of them.
 
     `storage` is a directory that all nodes see, or a URI; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
     have another working directory, so paths in `config` are absolute. A worker that dies restarts the whole group, at most
@@ -67,16 +68,16 @@ def run_workers(
 
     # On a cluster that lives on the loopback interface the ranks must not look for each other anywhere else.
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if get_node_ip_address() == "127.0.0.1" else {}
-    if not gpus_per_rank:
+    if not workers.gpus_per_rank:
         environment |= KEEP_MEMORY
     trainer = _interruptible_trainer()(
         worker,
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=ranks,
-            use_gpu=gpus_per_rank > 0,
-            resources_per_worker={"CPU": cpus_per_rank} | ({"GPU": gpus_per_rank} if gpus_per_rank else {}),
+            num_workers=workers.ranks,
+            use_gpu=workers.gpus_per_rank > 0,  # one each
+            resources_per_worker={"CPU": workers.cpus_per_rank},
         ),
         run_config=RunConfig(
             name=name,
@@ -116,6 +117,15 @@ def resume(engine: "TrainingEngine") -> dict[str, Any] | None:
         return None
     with checkpoint.as_directory() as directory:
         return engine.load(directory)
+
+
+def agreed(value: T) -> T:
+    """Rank 0's value on every rank; all of them call it together."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def prepare_worker() -> None:

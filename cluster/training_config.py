@@ -1,10 +1,21 @@
-"""How weights are updated: the configuration, what DeepSpeed is told of it, the course of the learning rate. No torch."""
+"""How weights are updated and by whom: the configuration, what DeepSpeed is told of it, the course of the learning rate. No torch."""
 
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class WorkersConfig(BaseModel):
+    """Who trains together, and how often what they have is kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; may change when a run goes on.")
+    cpus_per_rank: float = Field(1.0, gt=0, title="CPUs a rank", description="What Ray sets aside for each rank.")
+    gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
+    save_every_steps: int = Field(50, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most.")
 
 
 class TrainingConfig(BaseModel):

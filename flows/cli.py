@@ -8,11 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cluster.errors import SpecmillError
+
+if TYPE_CHECKING:
+    from flows.config import RunRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 spec_app = typer.Typer(no_args_is_help=True, help="Check and show a policy bundle.")
@@ -39,37 +42,74 @@ def run(
 
     Started again, the same command does only what is left: after Ctrl-C, after a crash, after a change of the policy.
     """
-    from flows.config import RunRequest, load_run
-    from tasks.store import Store
+    from flows.config import RunRequest
 
     request = RunRequest(file=file, root=root, changes=set_ or [])
-    config = load_run(request)
-    Store(config.root).check_writable()
-    _prefect_environment(config.root)
-    from flows.evaluate import evaluate
-    from flows.factory import factory
-    from flows.regenerate import regenerate
-    from flows.train import train
-    from flows.workspace import prepare
-    from tasks.progress import say
 
-    prepare(request, trains=flow != "regenerate").check_keys()
-    say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
-    interrupted = threading.Event()
-    try:
+    def start() -> None:
+        from flows.evaluate import evaluate
+        from flows.factory import factory
+        from flows.regenerate import regenerate
+        from flows.train import train
+
         flows: dict[str, Callable[[RunRequest], object]] = {
             "factory": factory,
             "regenerate": regenerate,
             "train": train,
             "evaluate": evaluate,
         }
+        flows[flow](request)
+
+    _run(request, start, trains=flow != "regenerate")
+
+
+def _run(request: "RunRequest", start: Callable[[], object], trains: bool) -> None:
+    """Checks everything, then starts a flow. Prefect's environment is set before flows are imported, which is when it is read."""
+    from flows.config import load_run
+    from tasks.store import Store
+
+    config = load_run(request)
+    Store(config.root).check_writable()
+    _prefect_environment(config.root)
+    from flows.workspace import prepare
+    from tasks.progress import say
+
+    prepare(request, trains=trains).check_keys()
+    say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
+    interrupted = threading.Event()
+    try:
         with _ends_at_once(interrupted):
-            flows[flow](request)
+            start()
     except BaseException:
         if not interrupted.is_set():
             raise
         typer.echo("specmill: interrupted. Everything committed is kept; the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def sweep(
+    file: RunFile,
+    vary: Annotated[list[str], typer.Option(help="A field of SFT and its values: training.learning_rate=1e-5,1e-4. May be repeated.")],
+    root: OtherRoot = None,
+    set_: Changes = None,
+) -> None:
+    """Trains SFT with every combination of some settings and compares them on the split `dev`. What is there already is reused.
+
+    Worth varying: training.learning_rate, rows, epochs, training.lora_rank, capability_ratio.
+    """
+    from flows.config import RunRequest, load_run, variants
+
+    request = RunRequest(file=file, root=root, changes=set_ or [])
+    for changes in variants("sft", vary):
+        load_run(request.model_copy(update={"changes": [*request.changes, *changes]}))
+
+    def start() -> None:
+        from flows.sweep import sweep as flow
+
+        flow(request, vary)
+
+    _run(request, start, trains=True)
 
 
 @app.command()

@@ -4,11 +4,13 @@ The same models make the YAML, the command line's `--set a.b=c` and the forms of
 """
 
 import os
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.errors import UserError
 from tasks.complete import GenerateConfig
@@ -18,9 +20,11 @@ from tasks.gates import GateConfig
 from tasks.judge import JudgeConfig
 from tasks.rl_config import RlConfig
 from tasks.select import SelectConfig
-from tasks.sft import UNIMPORTANT, SftConfig
 from tasks.sources import Source, Sources, located
+from tasks.stage_config import DpoConfig, SftConfig
 from tasks.validation import Strict, load_yaml, parse, read_yaml
+
+MOST_VARIANTS = 100
 
 
 class RunConfig(Strict):
@@ -56,7 +60,18 @@ class RunConfig(Strict):
     gates: GateConfig = Field(GateConfig(), title="Gates")
     judge: JudgeConfig = Field(JudgeConfig(), title="Judge")
     select: SelectConfig = Field(SelectConfig(), title="Select")
+    train: tuple[Literal["sft", "rejection", "dpo", "rl"], ...] = Field(
+        ("sft", "rl"),
+        title="Train",
+        description="Stages of training, in this order, each from the checkpoint before it: sft, rejection (SFT on all rows that passed "
+        "the threshold), dpo, rl.",
+    )
+    rounds: int = Field(
+        1, ge=1, title="Rounds", description="How often everything is done: a round's last checkpoint completes the prompts of the next."
+    )
     sft: SftConfig = Field(SftConfig(), title="SFT")
+    rejection: SftConfig = Field(SftConfig(), title="Rejection sampling")
+    dpo: DpoConfig = Field(DpoConfig(), title="DPO")
     rl: RlConfig = Field(RlConfig(), title="RL")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate")
 
@@ -67,8 +82,23 @@ class RunConfig(Strict):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
         for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"})):
             content[stage] = {name: value for name, value in content[stage].items() if name not in fields}
-        trained = {stage: getattr(self, stage).model_dump(mode="json", exclude=UNIMPORTANT) for stage in ("sft", "rl")}
-        return content | trained
+        for stage in ("sft", "rejection", "dpo", "rl"):
+            content[stage] = getattr(self, stage).recipe()
+            if stage not in self.train:
+                del content[stage]
+        return content
+
+    @model_validator(mode="after")
+    def _trains_in_a_sensible_order(self) -> "RunConfig":
+        if not self.train:
+            raise ValueError("train: name at least one stage; the flow `regenerate` trains none")
+        if twice := {stage for stage in self.train if self.train.count(stage) > 1}:
+            raise ValueError(f"train: {', '.join(sorted(twice))} is there twice; `rounds` repeats all stages")
+        if "dpo" in self.train and self.generate.n < 2:
+            raise ValueError("train: dpo compares the samples of a prompt; generate.n has to be 2 or more")
+        if self.rounds > 1 and self.generate.engine.backend != "vllm":
+            raise ValueError("rounds: from the second one on a checkpoint is the generator, which needs engines of `backend: vllm`")
+        return self
 
 
 class RunRequest(BaseModel):
@@ -82,6 +112,21 @@ class RunRequest(BaseModel):
     judge_runs: int | None = Field(None, ge=1, title="Judge runs", description="Replaces judge.k.")
     threshold: int | None = Field(None, ge=1, le=5, title="Threshold", description="Replaces select.threshold: lowest score that is kept.")
     changes: list[str] = Field([], title="Other changes", description="Any field as `a.b=value`, for example `sft.epochs=2`.")
+
+
+def variants(stage: str, vary: Sequence[str]) -> list[list[str]]:
+    """Every combination of `field=value,value` of a stage, as changes of a run file. Raises UserError."""
+    fields = []
+    for entry in vary:
+        name, _, values = entry.partition("=")
+        if not name.strip() or not all(value.strip() for value in values.split(",")):
+            raise UserError(f"--vary {entry!r}: expected field=value,value, for example `--vary training.learning_rate=1e-5,1e-4`.")
+        name = f"{stage}.{name.strip().removeprefix(f'{stage}.')}"
+        fields.append([f"{name}={value.strip()}" for value in values.split(",")])
+    found = [list(changes) for changes in product(*fields)]
+    if len(found) > MOST_VARIANTS:
+        raise UserError(f"--vary: {len(found)} combinations are more than {MOST_VARIANTS}. Name fewer values.")
+    return found
 
 
 def load_run(request: RunRequest) -> RunConfig:

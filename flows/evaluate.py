@@ -9,9 +9,9 @@ from flows.workspace import opened
 from tasks.evaluate import Evaluation
 
 
-@flow(name="evaluate", description="Unguided answers of base, SFT and RL, judged without their thoughts.")
+@flow(name="evaluate", description="Unguided answers of the base model and every checkpoint, judged without their thoughts.")
 def evaluate(request: RunRequest) -> list[Evaluation]:
-    """Evaluates base, SFT and RL; checkpoints are trained first if they are missing."""
+    """Evaluates the base model and every checkpoint; they are trained first if they are missing."""
     with opened(request) as run:
         checkpoints = [base_checkpoint(run), *(run.checkpoints or train(request))]
         return [evaluate_step(run, checkpoint) for checkpoint in checkpoints]

@@ -14,7 +14,6 @@ from flows.workspace import opened
 def factory(request: RunRequest) -> str:
     """Regenerates, trains, evaluates and reports; returns the path of the run's directory."""
     with opened(request) as run:
-        dataset = regenerate(request)
-        checkpoints = train(request)
-        evaluations = evaluate(request)
-        return report_step(run, dataset, checkpoints, evaluations)
+        regenerate(request)
+        train(request)
+        return report_step(run, evaluate(request))

@@ -31,7 +31,7 @@ def read_manifest(path: str) -> dict[str, Any]:
 def describe(path: str, manifest: dict[str, Any]) -> str:
     """A manifest for people: what it is, where it came from, the funnel."""
     lines = [f"{manifest['kind']} {manifest.get('name', '')}{'@' if 'name' in manifest else ''}{manifest['id']}  ({path})"]
-    for name in ("rows", "balance", "parent", "dataset", "checkpoints", "evaluations", "stages"):
+    for name in ("rows", "spare", "preferences", "balance", "parent", "datasets", "checkpoints", "evaluations", "stages"):
         if name in manifest:
             lines.append(f"{name}: {json.dumps(manifest[name])}")
     lines.append("lineage:")
@@ -63,7 +63,7 @@ def problems(path: str) -> tuple[list[str], int]:
     if manifest["kind"] == "run":
         place = store.base if store.local else path.rstrip("/")
         root = Store(place.rsplit("/", 2)[0])
-        for part in [manifest["dataset"], *manifest["checkpoints"], *manifest["evaluations"]]:
+        for part in [*manifest["datasets"], *manifest["checkpoints"], *manifest["evaluations"]]:
             off, count = _manifest_problems(root, part)
             found, checked = found + off, checked + count
     return found, checked

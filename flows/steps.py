@@ -1,6 +1,5 @@
 """The Prefect tasks of the flows, one per stage. They pass handles and keys, never rows; the ledgers, not Prefect, know what is done."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,23 +7,19 @@ from typing import Any, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cluster.chat import chat_of
 from cluster.models import weights_digest
 from flows.lines import Lines
 from flows.workspace import Workspace, survey
-from tasks import checkpoints as ckpt
-from tasks import complete, evaluate, judge, rl, sft
+from tasks import complete, evaluate, judge
 from tasks.checkpoints import Checkpoint
-from tasks.collect import Source
-from tasks.dataset import Dataset, candidates, publish
+from tasks.dataset import OPTIONAL, Dataset, candidates, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import code_version, digest
 from tasks.ledger import Ledger
 from tasks.progress import Progress, say
+from tasks.prompts import Split
 from tasks.report import write_report
 from tasks.select import funnel, require_kept, select
-from tasks.store import Store
-from tasks.training_rows import training_rows
 from tasks.wanted import NOT_JUDGED
 from tasks.work import cost_per_kept
 
@@ -57,121 +52,31 @@ def select_step(run: Workspace) -> Dataset:
     select(found, run.config.select)
     table = funnel(found)
     require_kept(table, run.config.select)
-    dataset = publish(run.store, run.config.name, run.prompts, wanted, found, _provenance(run))
+    dataset = publish(run.store, run.config.name, run.prompts, wanted, found, run.config.select, _provenance(run))
     kept = dataset.manifest["rows"]
     categories = sum("kept" in counts for counts in table.values())
     runs = int((wanted.scores != NOT_JUDGED).sum())
     run.cost = cost_per_kept([(completions.state, len(wanted)), (judgements.state, runs)], kept)
     agreed = wanted.agreement(run.config.judge, run.limits)
     run.agreement = agreed.as_json()
-    run.note("select", completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories)
+    more = {view: dataset.manifest[view] for view in OPTIONAL}
+    run.note("select", completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories, **more)
+    run.datasets.append(dataset)
     if run.config.judge.k > 1 and agreed.total:
         say(f"  judge      all {run.config.judge.k} runs agree to keep or to drop on {agreed.count} of {agreed.total} audited completions")
     return dataset
 
 
-@task(name="sft", cache_policy=NO_CACHE)
-def sft_step(run: Workspace, dataset: Dataset) -> Checkpoint:
-    """Supervised fine-tuning of the base model on the dataset, mixed with capability rows."""
-    config, store, base = run.config.sft, run.store, run.base_model
-    table = training_rows(store, dataset, run.prompts.capability, chat_of(base.path), config)
-    recipe = {
-        "rows": digest(table.to_pylist()),
-        "base": [base.id, base.revision],
-        "config": config.model_dump(exclude=sft.UNIMPORTANT),
-    }
-    id = f"sft-{digest(recipe)[:12]}"
-
-    def train() -> Checkpoint:
-        _clear(store, id)
-        shard = store.put_table(f"checkpoints/{id}/rows", table)
-        path = ckpt.directory(store, id)
-        if config.gpus_per_rank:
-            run.free_gpus()
-        say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
-        with Progress("sft", "steps") as progress:
-            metrics = sft.train_sft(store.path(shard.path), base.path, str(path / "model"), config, progress)
-        origin = {"dataset": f"{dataset.name}@{dataset.version}", "code": code_version()}
-        trained = ckpt.finish(store, id, "sft", recipe | origin, metrics)
-        shutil.rmtree(path / ".training", ignore_errors=True)
-        return trained
-
-    found = _made_once(run, f"checkpoints/{id}", lambda: ckpt.find(store, id), train)
-    capability = table.num_rows - dataset.manifest["rows"]
-    run.note("sft", rows=table.num_rows, capability=capability, reused=int(found.reused), trained=int(not found.reused))
-    return found
-
-
-@task(name="rl", cache_policy=NO_CACHE)
-def rl_step(run: Workspace, start: Checkpoint) -> Checkpoint:
-    """Reinforcement learning from the SFT checkpoint, rewarded by the judge that never sees the thought."""
-    config, store = run.config, run.store
-    prompts = run.split("rl")
-    recipe = {
-        "start": start.weights,
-        "prompts": digest([prompt.model_dump() for prompt in prompts]),
-        "specs": {name: spec.hash for name, spec in run.specs.items()},
-        "judge": run.judge_hash("blind"),
-        "config": config.rl.model_dump(exclude=sft.UNIMPORTANT),
-    }
-    id = f"rl-{digest(recipe)[:12]}"
-
-    def train() -> Checkpoint:
-        _clear(store, id)
-        path = ckpt.directory(store, id)
-        path.mkdir(parents=True, exist_ok=True)
-        judges = [pool for pool in (run.judge if config.rl.asks_judge else None, run.held_out) if pool]
-        if config.rl.gpus_per_rank:
-            run.free_gpus(run.policy_engine, *judges)
-        for pool in (run.policy_engine, *judges):
-            run.start(pool)
-        source = Source(
-            job=id,
-            model_path=start.model.path,
-            config=config.rl,
-            prompts=tuple(prompts),
-            specs=run.specs,
-            policy=run.policy_engine.fleet(),
-            judge=run.judge.fleet() if config.rl.asks_judge else None,
-            judge_model=run.judge.model,
-            judge_config=config.judge,
-            held_out=run.held_out.fleet() if run.held_out else None,
-        )
-        job = rl.RlJob(
-            root=store.root,
-            id=id,
-            start_path=start.model.path,
-            output=str(path / "model"),
-            weights_file=str(path / "weights.safetensors"),
-            config=config.rl,
-            source=source,
-            sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
-        )
-        say(f"  starting {config.rl.ranks} x DeepSpeed ZeRO-{config.rl.training.zero_stage}")
-        with Progress("rl", "steps") as progress:
-            metrics = rl.train_rl(job, str(path), progress)
-        origin = {"from": start.id, "sync_tolerance": job.sync_tolerance, "code": code_version()}
-        origin |= {"ranks": config.rl.ranks, "gpus_per_rank": config.rl.gpus_per_rank}
-        trained = ckpt.finish(store, id, "rl", recipe | origin, metrics)
-        (path / "weights.safetensors").unlink(missing_ok=True)
-        shutil.rmtree(path / "train", ignore_errors=True)
-        return trained
-
-    found = _made_once(run, f"checkpoints/{id}", lambda: ckpt.find(store, id), train)
-    run.note("rl", steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
-    return found
-
-
 def base_checkpoint(run: Workspace) -> Checkpoint:
-    """The untrained model, to compare with."""
-    return Checkpoint("base", run.base_model.revision, run.base_model, weights_digest(Path(run.base_model.path)))
+    """The untrained model: what the first stage starts from, and what all are compared with."""
+    return Checkpoint("base", run.base_model.revision, run.base_model, weights_digest(Path(run.base_model.path)), label="base")
 
 
-@task(name="evaluate", task_run_name="evaluate-{checkpoint.kind}", cache_policy=NO_CACHE)
-def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
-    """Unguided answers of a checkpoint on the evaluation split, judged without their thoughts."""
+@task(name="evaluate", task_run_name="evaluate-{checkpoint.label}", cache_policy=NO_CACHE)
+def evaluate_step(run: Workspace, checkpoint: Checkpoint, split: Split = "eval") -> Evaluation:
+    """Unguided answers of a checkpoint on a split, judged without their thoughts."""
     config, store = run.config, run.store
-    prompts = run.split("eval")
+    prompts = run.split(split)
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
 
     def make() -> Evaluation:
@@ -179,27 +84,27 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint) -> Evaluation:
         run.start(run.judge)
         subject = run.policy_engine.fleet()
         subject.load_weights(checkpoint.model.path, 0)
-        with Progress(f"eval-{checkpoint.kind}", "answers and verdicts") as progress:
+        with Progress(f"eval-{checkpoint.label}", "answers and verdicts") as progress:
             return evaluate.evaluate(
-                store, id, checkpoint.kind, prompts, run.policy, run.specs, subject, run.base_model,
+                store, id, checkpoint.label, prompts, run.policy, run.specs, subject, run.base_model,
                 run.judge.fleet(), run.judge.model, config.judge, config.evaluate, progress,
             )  # fmt: skip
 
-    found = _made_once(run, f"evaluations/{id}", lambda: evaluate.find(store, id, checkpoint.kind), make)
-    run.note(f"eval-{checkpoint.kind}", prompts=len(prompts), reused=int(found.reused), made=int(not found.reused))
+    found = made_once(run, f"evaluations/{id}", lambda: evaluate.find(store, id, checkpoint.label), make)
+    run.note(f"eval-{checkpoint.label}", prompts=len(prompts), reused=int(found.reused), made=int(not found.reused))
     return found
 
 
 @task(name="report", cache_policy=NO_CACHE)
-def report_step(run: Workspace, dataset: Dataset, checkpoints: list[Checkpoint], evaluations: list[Evaluation]) -> str:
+def report_step(run: Workspace, evaluations: list[Evaluation]) -> str:
     """Writes the run's manifest and report; returns the run's directory."""
     manifest = {
         "version": 1,
         "kind": "run",
         "id": run.run_id,
         "identity": run.identity,
-        "dataset": dataset.path,
-        "checkpoints": [f"checkpoints/{checkpoint.id}" for checkpoint in checkpoints],
+        "datasets": [dataset.path for dataset in run.datasets],
+        "checkpoints": [f"checkpoints/{checkpoint.id}" for checkpoint in run.checkpoints],
         "evaluations": [f"evaluations/{evaluation.id}" for evaluation in evaluations],
         "stages": run.notes,
         "speeds": run.speeds,
@@ -208,7 +113,7 @@ def report_step(run: Workspace, dataset: Dataset, checkpoints: list[Checkpoint],
         "quarantined": run.prompts.manifest["quarantined"],
         "provenance": _provenance(run) | {"parameters": run.config.parameters()},
     }
-    return write_report(run.store, manifest, dataset, checkpoints, evaluations)
+    return write_report(run.store, manifest, run.datasets, run.checkpoints, evaluations)
 
 
 def _provenance(run: Workspace) -> dict[str, Any]:
@@ -228,15 +133,10 @@ def _provenance(run: Workspace) -> dict[str, Any]:
     }
 
 
-def _made_once(run: Workspace, folder: str, find: Callable[[], T | None], make: Callable[[], T]) -> T:
+def made_once(run: Workspace, folder: str, find: Callable[[], T | None], make: Callable[[], T]) -> T:
     """What is there already, or is made now. The folder is claimed for that, so that a second run of one identity says so and stops."""
     found = find()
     if found is None:
         with Ledger(run.store, folder).writing(run.config.lease_seconds):
             found = find() or make()
     return found
-
-
-def _clear(store: Store, id: str) -> None:
-    """Removes the model of a checkpoint that was not finished; training state stays, so that it can go on."""
-    shutil.rmtree(ckpt.directory(store, id) / "model", ignore_errors=True)

@@ -1,20 +1,31 @@
-"""Flow `train`: a dataset version in, an SFT and an RL checkpoint out."""
+"""Flow `train`: a dataset version in, a checkpoint for every entry of `train` out, in every round."""
+
+from dataclasses import replace
 
 from prefect import flow
 
 from flows.config import RunRequest
 from flows.regenerate import regenerate
-from flows.steps import rl_step, sft_step
+from flows.steps import base_checkpoint
+from flows.training_steps import STAGES
 from flows.workspace import opened
 from tasks.checkpoints import Checkpoint
 
 
-@flow(name="train", description="SFT on the dataset of a run, then RL from it. Finished checkpoints are reused.")
+@flow(name="train", description="SFT, rejection sampling, DPO and RL as the run file says. Finished checkpoints are reused.")
 def train(request: RunRequest) -> list[Checkpoint]:
-    """Trains on the run's dataset, which is made first if it is missing; returns the checkpoints in order."""
+    """Trains on the run's dataset, which is made first if it is missing; returns the checkpoints in order.
+
+    In further rounds the last checkpoint completes the prompts anew, and training goes on from it.
+    """
     with opened(request) as run:
-        dataset = run.dataset or regenerate(request)
-        sft = sft_step(run, dataset)
-        rl = rl_step(run, sft)
-        run.checkpoints = [sft, rl]
+        last = base_checkpoint(run)
+        for number in range(1, run.config.rounds + 1):
+            if number > 1:
+                run.begin_round(number, last)
+            dataset = run.dataset or regenerate(request)
+            for stage in run.config.train:
+                found = STAGES[stage](run, dataset, last)
+                last = replace(found, label=run.label(stage))
+                run.checkpoints.append(last)
         return run.checkpoints

@@ -47,7 +47,11 @@ class Workspace:
     held_out: Pool | None = None
     """The judge that rewards nothing, if RL is to have one."""
     dataset: Dataset | None = None
+    datasets: list[Dataset] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    round: int = 1
+    engines: ExitStack = field(default_factory=ExitStack)
+    """Ends the engines that a later round starts."""
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stage -> what was reused, made, lost and quarantined in this invocation."""
     speeds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -57,6 +61,20 @@ class Workspace:
     agreement: dict[str, float | int | None] = field(default_factory=dict)
     """On how many audited completions all runs of the judge agree to keep or to drop, as a proportion."""
     _splits: dict[Split, list[Prompt]] = field(default_factory=dict)
+    _requests: dict[Model, dict[str, Request]] = field(default_factory=dict)
+
+    def begin_round(self, number: int, checkpoint: Checkpoint) -> None:
+        """From now on a checkpoint completes the prompts. What judges stays what it was; all other engines give their memory back."""
+        for pool in self.pools:
+            if pool is not self.judge:
+                pool.close()
+        self.round, self.dataset = number, None
+        self.generator = self.engines.enter_context(Pool(self.config.generate.engine, model=checkpoint.model))
+        self.generator.check_memory()
+
+    def label(self, name: str) -> str:
+        """The name of a stage or a checkpoint, with the number of the round if it is not the first."""
+        return name if self.round == 1 else f"{name}-{self.round}"
 
     @property
     def run_id(self) -> str:
@@ -65,15 +83,18 @@ class Workspace:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of policy, prompts, models and parameters."""
+        """Hash of policy, prompts, models and parameters, taken in the first round."""
         specs = {name: spec.hash for name, spec in self.specs.items()}
         models = [self.generator.model.id, self.generator.model.revision, self.judge.model.id, self.judge.model.revision]
         return digest([specs, self.prompts.hash, models, self.config.parameters()])
 
-    @cached_property
+    @property
     def requests(self) -> dict[str, Request]:
-        """Category -> what the generator is asked."""
-        return requests(self.policy, self.generator.model, self.config.generate)
+        """Category -> what the generator of this round is asked."""
+        model = self.generator.model
+        if model not in self._requests:
+            self._requests[model] = requests(self.policy, model, self.config.generate)
+        return self._requests[model]
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -142,7 +163,7 @@ class Workspace:
         """Remembers and tells how fast engines of a pool made what."""
         for stage, tally in tallies.items():
             if tally.asked:
-                speed = self.speeds[stage] = tally.speed(wall.seconds)
+                speed = self.speeds[self.label(stage)] = tally.speed(wall.seconds)
                 say(
                     f"  {stage:<10} {speed['rows_per_second']:.3g} rows/s, {speed['tokens_per_second']:.3g} tokens/s, "
                     f"{100 * speed['cached']:.0f} % of prompt tokens cached, {speed['retries']} retries, {speed['quarantined']} quarantined"
@@ -151,7 +172,7 @@ class Workspace:
         busy = sum(tally.usage.busy_seconds for tally in tallies.values())
         if busy:
             engines = "engines" if pool is self.generator else "judge engines"
-            idle = self.speeds[engines] = {
+            idle = self.speeds[self.label(engines)] = {
                 "idle": max(0.0, 1 - busy / (pool.config.engines * wall.seconds)),
                 "tail": wall.tail / wall.seconds,
                 "seconds": wall.seconds,
@@ -160,7 +181,7 @@ class Workspace:
 
     def note(self, stage: str, **counts: int) -> None:
         """Remembers and tells what a stage did."""
-        self.notes[stage] = counts
+        self.notes[stage := self.label(stage)] = counts
         say(f"  {stage:<10} " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
@@ -194,7 +215,7 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
         raise UserError("evaluate.engine.backend: an endpoint takes no weights, and RL and evaluation replace them by each checkpoint's.")
     if generator.model.here and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    held_out = Pool(config.rl.held_out) if config.rl.held_out and trains else None
+    held_out = Pool(config.rl.held_out) if config.rl.held_out and trains and "rl" in config.train else None
     for pool in (generator, judge, *([policy_engine] if trains else []), *([held_out] if held_out else [])):
         pool.model  # noqa: B018  (raises when there is no such model)
         pool.check_memory()
@@ -226,7 +247,7 @@ def _check(run: Workspace) -> None:
             if category not in run.policy.categories:
                 raise UserError(f"{name}: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
     engines = {"generate.engine": config.generate.engine, "judge.engine": config.judge.engine}
-    for stage, engine in (engines | ({"rl.held_out": config.rl.held_out} if config.rl.held_out else {})).items():
+    for stage, engine in (engines | ({"rl.held_out": run.held_out.config} if run.held_out else {})).items():
         _check_host(run, stage, engine)
     if not run.prompts.size("sft"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'sft'. Add scenario groups.")
@@ -253,12 +274,14 @@ def _check_training(run: Workspace) -> None:
     config = run.config
     directory(run.store, "")
     few = (
-        "Lower it, add scenario groups, or name the `split` of some: by their names, four of eight go to SFT, two to RL, two to evaluation."
+        "Add scenario groups, or name the `split` of some: by their names, of eight groups four go to SFT, one to RL, one to development, "
+        "two to evaluation."
     )
-    if run.prompts.size("rl") < config.rl.prompts_per_step:
+    trains_rl = "rl" in config.train
+    if trains_rl and run.prompts.size("rl") < config.rl.prompts_per_step:
         wanted = config.rl.prompts_per_step
-        raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. {few}")
-    cells = {prompt.cell for prompt in run.split("rl")}
+        raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. Lower it. {few}")
+    cells = {prompt.cell for prompt in run.split("rl")} if trains_rl else set()
     if missing := sorted(set(config.rl.mix) - cells):
         raise UserError(f"rl.mix: the RL split has no prompts of the cell {', '.join(missing)}; it has {', '.join(sorted(cells))}.")
     if {cell for cell in cells if cell in config.rl.mix or not config.rl.mix} == {"violation"}:
@@ -267,7 +290,15 @@ def _check_training(run: Workspace) -> None:
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
     check_trainable(run.base_model.path)
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
-    limits: dict[Split, int] = {"rl": config.rl.max_tokens, "eval": config.evaluate.max_tokens}
+    limits: dict[Split, int] = {"eval": config.evaluate.max_tokens}
+    if trains_rl:
+        limits["rl"] = config.rl.max_tokens
+    stages = {"sft": config.sft, "rejection": config.rejection, "dpo": config.dpo}
+    looks = [stage.development.max_tokens for name, stage in stages.items() if name in config.train and stage.development]
+    if looks:
+        limits["dev"] = max(looks)
+        if not run.prompts.size("dev"):
+            raise UserError(f"development: not one scenario group falls to the split 'dev'. {few}")
     for split, limit in limits.items():
         for prompt in run.split(split):
             length = len(chat.prompt(plain_turns(prompt.messages)))
@@ -294,4 +325,5 @@ def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
     stack.enter_context(ray_session())
     for pool in workspace.pools:
         stack.enter_context(pool)
+    workspace.engines = stack
     return workspace

@@ -25,6 +25,8 @@ class Checkpoint:
     weights: str
     path: str | None = None
     reused: bool = False
+    label: str = ""
+    """What the run calls it: its kind, from the second round on with the round's number."""
 
 
 def directory(store: Store, id: str) -> Path:
@@ -66,5 +68,5 @@ def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics
 
 
 def _checkpoint(manifest: dict[str, Any], path: Path, reused: bool) -> Checkpoint:
-    model = Model(str(path / "model"), f"{manifest['kind']}-{manifest['id']}", manifest["weights"][:16])
-    return Checkpoint(manifest["kind"], manifest["id"], model, manifest["weights"], str(path), reused)
+    model = Model(str(path / "model"), manifest["id"], manifest["weights"][:16])
+    return Checkpoint(manifest["kind"], manifest["id"], model, manifest["weights"], str(path), reused, label=manifest["kind"])

@@ -88,11 +88,11 @@ class PromptOrder:
 def collect(source: Source, step: int, version: int, first_group: int) -> Collected:
     """Draws and judges the groups of a step under policy version `version`, beginning with group number `first_group`.
 
-    Groups that teach nothing are replaced by further ones for `rounds` rounds; they stay among the rows, with the reason.
+    Groups that teach nothing are replaced by further ones `refills` times; they stay among the rows, with the reason.
     """
     config, order, found = source.config, PromptOrder(source.prompts, source.config.mix, source.config.seed), Collected()
     next_group = first_group
-    for _ in range(config.rounds):
+    for _ in range(1 + config.refills):
         missing = config.prompts_per_step - effective_groups(found.rows)
         if missing <= 0:
             break

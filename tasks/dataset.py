@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cluster.errors import SpecmillError
@@ -18,12 +19,15 @@ from tasks import tables
 from tasks.keys import digest
 from tasks.ledger import Ledger
 from tasks.manifest import DATASET
+from tasks.preferences import mean_scores, pairs
 from tasks.prompt_set import PromptSet
-from tasks.select import Candidates, funnel, funnel_markdown
+from tasks.select import Candidates, SelectConfig, funnel, funnel_markdown, spare
 from tasks.store import Shard, Store
-from tasks.wanted import Wanted
+from tasks.wanted import Wanted, places_among
 
 FILE_ROWS = 65536
+OPTIONAL = ("spare", "preferences")
+"""Views that may be empty; then they have no file."""
 COMPLETED = [
     "key", "category", "thought", "answer", "cited_verdict", "cited_clauses",
     "spec_hash", "template_hash", "generator", "generator_revision",
@@ -44,10 +48,9 @@ class Dataset:
     manifest: dict[str, Any]
     reused: bool
 
-    @property
-    def training_files(self) -> list[str]:
-        """Parquet files of the training view, relative to the root."""
-        return [f"{self.path}/{file['path']}" for file in self.manifest["files"] if file["path"].startswith("data/")]
+    def files(self, view: str) -> list[str]:
+        """Parquet files of a view, relative to the root: `data`, `spare`, `preferences` or `audit`."""
+        return [f"{self.path}/{file['path']}" for file in self.manifest["files"] if file["path"].startswith(f"{view}/")]
 
 
 def candidates(wanted: Wanted) -> Candidates:
@@ -61,7 +64,9 @@ def candidates(wanted: Wanted) -> Candidates:
     )  # fmt: skip
 
 
-def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: Candidates, provenance: dict[str, Any]) -> Dataset:
+def publish(
+    store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: Candidates, config: SelectConfig, provenance: dict[str, Any]
+) -> Dataset:
     """Writes a dataset version, manifest last; finds it again when the same rows were published before.
 
     Rows pass through memory file by file. Their order is that of the prompts and samples.
@@ -76,8 +81,12 @@ def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: 
         return Dataset(name, version, path, known, reused=True)
     files: list[dict[str, Any]] = []
     verdicts: Counter[str] = Counter()
-    for tables_of_file in _files(_views(store, prompts, wanted, found, provenance["judge"])):
+    rows_of: Counter[str] = Counter()
+    for tables_of_file in _files(_views(store, prompts, wanted, found, config, provenance["judge"])):
         for folder, table in tables_of_file.items():
+            rows_of[folder] += table.num_rows
+            if not table.num_rows and folder in OPTIONAL:
+                continue
             shard = asdict(store.put_table(f"{path}/{folder}", table))
             files.append(shard | {"path": shard["path"].removeprefix(f"{path}/")})
         audit = tables_of_file["audit"]
@@ -89,6 +98,8 @@ def publish(store: Store, name: str, prompts: PromptSet, wanted: Wanted, found: 
         "name": name,
         "id": version,
         "rows": kept,
+        "spare": rows_of["spare"],
+        "preferences": rows_of["preferences"],
         "files": files,
         "funnel": funnel(found),
         "prompt_set": prompts.path,
@@ -127,9 +138,12 @@ def _content(wanted: Wanted, found: Candidates) -> str:
     return content.hexdigest()
 
 
-def _views(store: Store, prompts: PromptSet, wanted: Wanted, found: Candidates, judge: dict[str, Any]) -> Iterator[dict[str, pa.Table]]:
-    """Training and audit view of every part of the prompts."""
-    all_scores, is_kept = found.score, found.kept
+def _views(
+    store: Store, prompts: PromptSet, wanted: Wanted, found: Candidates, config: SelectConfig, judge: dict[str, Any]
+) -> Iterator[dict[str, pa.Table]]:
+    """The views of every part of the prompts."""
+    all_scores, is_kept, is_spare = found.score, found.kept, spare(found, config.spare)
+    chosen, rejected = pairs(found, config.pairs)
     for part, index in wanted.by_part():
         made = wanted.rows(store, index, COMPLETED)
         asked = store.read_table(part.path, ["id", "messages", "cell", "group", "ideal_verdict"]).take(wanted.row[index])
@@ -159,10 +173,30 @@ def _views(store: Store, prompts: PromptSet, wanted: Wanted, found: Candidates, 
             "drop_reason": pa.array(reasons, pa.string()),
         }
         train = same | {"messages": asked["messages"], "thought": made["thought"], "answer": made["answer"]}
+        training = pa.table([train[name] for name in tables.TRAINING_VIEW.names], schema=tables.TRAINING_VIEW)
+        here = np.isin(chosen, index)
         yield {
-            "data": pa.table([train[name] for name in tables.TRAINING_VIEW.names], schema=tables.TRAINING_VIEW).filter(kept),
+            "data": training.filter(kept),
+            "spare": training.filter(pa.array(is_spare[index])),
+            "preferences": _preferences(training, made["key"], mean_scores(scores), index, chosen[here], rejected[here]),
             "audit": pa.table([audit[name] for name in tables.AUDIT_VIEW.names], schema=tables.AUDIT_VIEW),
         }
+
+
+def _preferences(
+    rows: pa.Table,
+    keys: pa.ChunkedArray,
+    scores: npt.NDArray[np.float64],
+    index: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.int64],
+    rejected: npt.NDArray[np.int64],
+) -> pa.Table:
+    """The pairs of a part of the prompts, whose completions are `index`."""
+    rows = rows.append_column("key", keys).append_column("score", pa.array(scores, pa.float32()))
+    sides = {"chosen": rows.take(places_among(index, chosen)), "rejected": rows.take(places_among(index, rejected))}
+    columns = {name: sides["chosen"][name] for name in ("prompt_id", "category", "messages")}
+    columns |= {f"{side}_{name}": table[name] for side, table in sides.items() for name in ("thought", "answer", "score", "key")}
+    return pa.table([columns[name] for name in tables.PREFERENCES.names], schema=tables.PREFERENCES)
 
 
 def _files(views: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
@@ -184,13 +218,13 @@ def _repeated(value: str, count: int) -> pa.Array:
 def _card(manifest: dict[str, Any], verdicts: Counter[str]) -> str:
     source = manifest["provenance"]
     mix = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    views = {"default": "data"} | {view: view for view in OPTIONAL if manifest[view]}
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {view}/*.parquet\n" for name, view in views.items()
+    )
     return f"""---
 configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*.parquet
----
+{configs}---
 {NOT_CALIBRATED}
 
 # {manifest["name"]}@{manifest["id"]}
@@ -205,7 +239,9 @@ Ideal verdicts: {mix}.
 
 {funnel_markdown(manifest["funnel"])}
 
-`data/` is the training view. `audit/` holds one row per completion with scores, hashes and the reason why it left.
+`data/` is the training view. `spare/` holds {manifest["spare"]} further rows that passed the threshold and were more than was wanted,
+`preferences/` {manifest["preferences"]} pairs of completions of one prompt, the chosen one's mean score being higher.
+`audit/` holds one row per completion with scores, hashes and the reason why it left.
 `manifest.json` holds checksums.
 Load it with `datasets.load_dataset("<this directory>")`.
 """

@@ -108,7 +108,7 @@ def evaluate(
     for answer in drawn:
         prompt = by_id[answer.prompt_id]
         provenance = {"spec_hash": specs[prompt.category].hash, "judge": judge_model.id, "judge_revision": judge_model.revision}
-        rows.append(_row(checkpoint, answer, prompt, policy, verdicts.get(answer.name, [])) | provenance)
+        rows.append(answered(checkpoint, answer, prompt, policy, verdicts.get(answer.name, [])) | provenance)
     metrics = summarise(rows)
     shard = store.put_table(f"evaluations/{id}", pa.Table.from_pylist(rows, schema=tables.EVALUATIONS))
     file = asdict(shard) | {"path": shard.path.removeprefix(f"evaluations/{id}/")}
@@ -189,7 +189,8 @@ def _rate(rows: list[dict[str, Any]], measure: Callable[[dict[str, Any]], bool |
     return Proportion(sum(values), len(values)).as_json()
 
 
-def _row(checkpoint: str, answer: Drawn, prompt: Prompt, policy: Policy, verdicts: list[Verdict]) -> dict[str, Any]:
+def answered(checkpoint: str, answer: Drawn, prompt: Prompt, policy: Policy, verdicts: list[Verdict]) -> dict[str, Any]:
+    """Columns of `tables.EVALUATIONS` that say what was answered and how it was graded."""
     parts = answer.parts
     thought = parts.thought if isinstance(parts, Parts) else ""
     text = answer.answer or ""

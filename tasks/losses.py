@@ -1,4 +1,4 @@
-"""Losses of SFT and RL, and the KL penalty. Pure torch.
+"""Losses of SFT, RL and preference learning, and the KL penalty. Pure torch.
 
 Every function works on flat tensors of L predictions (`tasks.batch.MicroBatch`). A loss is returned *per token and unweighted*,
 zero where the mask is zero; nothing here divides. The engine multiplies by the mask and divides once, by the sum of the masks of the
@@ -8,6 +8,7 @@ whole step over all ranks (`cluster.deepspeed_engine.TrainingEngine.step`), so a
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.causal_model import TokenScores
@@ -31,6 +32,34 @@ def nll(scores: TokenScores, mask: Tensor) -> TokenLoss:
     The statistic `accuracy` is the share of learnt tokens that are the model's first choice.
     """
     return TokenLoss(_where(mask, -scores.logp), {"accuracy": _where(mask, scores.top), "entropy": _where(mask, scores.entropy)})
+
+
+def dpo(logp: Tensor, reference_logp: Tensor, row: Tensor, mask: Tensor, beta: float, nll_weight: float = 0.0) -> TokenLoss:
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290, equation 7) of packed pairs, all arguments [L].
+
+    Rows 2i and 2i + 1 of the micro-batch are the chosen and the rejected completion of pair i; `row` says which row a token belongs to.
+    Each pair has weight 1, on the first token of its chosen row: `mask` is 1 there and 0 elsewhere, so that the engine divides by the
+    number of pairs. Of `reference_logp`, what the starting weights say, only the sum over a row counts. `nll_weight` adds the chosen row's
+    negative log-likelihood per token (Pang et al., arXiv 2404.19733, equation 1). Statistics: share of pairs that the policy orders as the
+    judge does against the reference (`accuracy`), and the implicit rewards beta log(pi / reference) of both completions.
+    """
+    sums, lengths = row_sums(logp - reference_logp, row), row_sums(torch.ones_like(logp), row)
+    first = mask > 0
+    if not first.any():
+        nothing = logp * 0.0
+        return TokenLoss(nothing, {name: nothing.detach() for name in ("accuracy", "chosen_reward", "rejected_reward", "chosen_nll")})
+    chosen, rejected = beta * sums[0::2], beta * sums[1::2]
+    pair = row // 2
+    margin = (chosen - rejected)[pair]
+    own = -(row_sums(logp, row) / lengths)[0::2][pair]
+    stats = {"accuracy": (margin > 0).float(), "chosen_reward": chosen[pair], "rejected_reward": rejected[pair], "chosen_nll": own}
+    loss = nll_weight * own - F.logsigmoid(margin)
+    return TokenLoss(_where(mask, loss), {name: _where(mask, value.detach()) for name, value in stats.items()})
+
+
+def row_sums(values: Tensor, row: Tensor) -> Tensor:
+    """Sums over the tokens of each row: values [L] and the number of each value's row -> [rows]."""
+    return values.new_zeros(int(row.max()) + 1).index_add(0, row, values)
 
 
 def policy_gradient(

@@ -121,6 +121,8 @@ class DatasetManifest(Manifest):
     kind: Literal["dataset"]
     name: str
     rows: int
+    spare: int = 0
+    preferences: int = 0
     funnel: dict[str, dict[str, int]]
     balance: _Balance
 
@@ -128,7 +130,7 @@ class DatasetManifest(Manifest):
 class CheckpointManifest(Manifest):
     """A checkpoint."""
 
-    kind: Literal["sft", "rl"]
+    kind: Literal["sft", "rejection", "dpo", "rl"]
     weights: str
 
 
@@ -144,7 +146,7 @@ class RunManifest(Manifest):
     """A run."""
 
     kind: Literal["run"]
-    dataset: str
+    datasets: list[str]
     checkpoints: list[str]
     evaluations: list[str]
 

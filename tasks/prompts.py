@@ -18,9 +18,9 @@ from tasks.validation import Strict, describe
 
 Cell = Literal["violation", "borderline", "benign", "transformation"]
 CELLS: tuple[Cell, ...] = ("violation", "borderline", "benign", "transformation")
-Split = Literal["sft", "rl", "eval"]
-SPLIT_SHARES: dict[Split, int] = {"sft": 4, "rl": 2, "eval": 2}
-"""Scenario groups of every eight that go to each split."""
+Split = Literal["sft", "rl", "dev", "eval"]
+SPLIT_SHARES: dict[Split, int] = {"sft": 4, "rl": 1, "dev": 1, "eval": 2}
+"""Scenario groups of every eight that go to each split. What is measured while a model is made (dev) is not what is reported (eval)."""
 
 RowId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,120}$")]
 
@@ -68,7 +68,7 @@ class CapabilityRow(Conversation):
 
 
 def named_split(group: str) -> Split:
-    """The split of a scenario group whose prompts name none: its name's hash decides, in shares of 4 : 2 : 2.
+    """The split of a scenario group whose prompts name none: its name's hash decides, in shares of 4 : 1 : 1 : 2.
 
     A group goes to one split whole, so a violation and its benign twin are never on two sides, and no other group moves it.
     """

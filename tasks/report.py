@@ -1,7 +1,8 @@
-"""The report of a run: what was kept and why, what was trained, and how base, SFT and RL compare."""
+"""The report of a run: what was kept and why, what was trained and how that went, and how the checkpoints compare."""
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
@@ -10,9 +11,11 @@ from prefect.context import FlowRunContext
 from tasks.checkpoints import Checkpoint
 from tasks.dataset import NOT_CALIBRATED, Dataset
 from tasks.evaluate import Evaluation, compare
+from tasks.plots import plot
 from tasks.progress import say
 from tasks.select import funnel_markdown
 from tasks.store import Store
+from tasks.training_log import read_lines
 
 RATES = {
     "format_adherence": "format without guidance",
@@ -25,26 +28,31 @@ RATES = {
 
 
 def write_report(
-    store: Store, manifest: dict[str, Any], dataset: Dataset, checkpoints: list[Checkpoint], evaluations: list[Evaluation]
+    store: Store, manifest: dict[str, Any], datasets: list[Dataset], checkpoints: list[Checkpoint], evaluations: list[Evaluation]
 ) -> str:
-    """Writes `runs/<id>/report.md` and `manifest.json`, shows the summary, returns the run's directory."""
+    """Writes `runs/<id>/report.md`, its pictures and `manifest.json`, shows the summary, returns the run's directory."""
     path = f"runs/{manifest['id']}"
-    text = markdown(store, manifest, dataset, checkpoints, evaluations)
+    text = markdown(store, manifest, datasets, checkpoints, evaluations)
+    for checkpoint in checkpoints:
+        if lines := _metrics(checkpoint):
+            store.replace(f"{path}/{checkpoint.label}.png", plot(lines, f"{checkpoint.label} ({checkpoint.id})"))
     store.replace(f"{path}/report.md", text.encode())
     store.replace(f"{path}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     if FlowRunContext.get():
         create_markdown_artifact(text, key="report", description=f"Run {manifest['id']}")
-    say("\n" + _comparison(evaluations) + "\n")
+    say("\n" + comparison(evaluations) + "\n")
     for name, place in (
-        ("dataset", dataset.path),
-        *((c.kind, f"checkpoints/{c.id}/model") for c in checkpoints),
+        *(("dataset", dataset.path) for dataset in datasets),
+        *((c.label, f"checkpoints/{c.id}/model") for c in checkpoints),
         ("report", f"{path}/report.md"),
     ):
         say(f"  {name:<10} {store.path(place)}")
     return store.path(path)
 
 
-def markdown(store: Store, manifest: dict[str, Any], dataset: Dataset, checkpoints: list[Checkpoint], evaluations: list[Evaluation]) -> str:
+def markdown(
+    store: Store, manifest: dict[str, Any], datasets: list[Dataset], checkpoints: list[Checkpoint], evaluations: list[Evaluation]
+) -> str:
     """The report as Markdown."""
     source = manifest["provenance"]
     by_category = _table(
@@ -55,13 +63,11 @@ def markdown(store: Store, manifest: dict[str, Any], dataset: Dataset, checkpoin
         ],
     )
     quarantined = "\n".join(f"- `{row['file']}`, line {row['line']}: {row['reason']}" for row in manifest["quarantined"]) or "None."
-    trained = "\n".join(f"- {item.kind}: `checkpoints/{item.id}`, weights {item.weights[:12]}" for item in checkpoints)
     return f"""{NOT_CALIBRATED}
 
 # Run {manifest["id"]}
 
 Policy {source["policy"]["id"]} ({source["policy"]["hash"][:12]}),
-generator {source["generator"]["id"]} @ {source["generator"]["revision"]},
 judge {source["judge"]["id"]} @ {source["judge"]["revision"]} with k = {source["judge"]["k"]}.
 
 ## Evaluation
@@ -69,7 +75,7 @@ judge {source["judge"]["id"]} @ {source["judge"]["revision"]} with k = {source["
 Share of prompts with the 95 % Wilson interval; unguided answers, judged without their thoughts. The judge is told which kind of answer
 the policy asks for. Text without any thought is judged as an answer; what holds a thought that was never closed is not judged.
 
-{_comparison(evaluations)}
+{comparison(evaluations)}
 
 Differences in percentage points, paired by prompt, with the 95 % interval of a bootstrap over scenario groups:
 
@@ -79,21 +85,47 @@ Verdict as ideal, by category:
 
 {by_category}
 
-## Dataset {dataset.name}@{dataset.version}
-
-{funnel_markdown(dataset.manifest["funnel"])}
-
+{"".join(_dataset(dataset) for dataset in datasets)}
 A kept row costs {_cost(manifest)}.
 {_agreement(manifest)}
 
 ## Checkpoints
 
-{trained}
-
+{"".join(_checkpoint(item) for item in checkpoints)}
 ## Prompts that were not used
 
 {quarantined}
 """
+
+
+def _dataset(dataset: Dataset) -> str:
+    generator = dataset.manifest["provenance"]["generator"]
+    return f"""## Dataset {dataset.name}@{dataset.version}
+
+Completed by {generator["id"]} @ {generator["revision"]}. Beside the kept rows there are {dataset.manifest["spare"]} spare ones and
+{dataset.manifest["preferences"]} preference pairs.
+
+{funnel_markdown(dataset.manifest["funnel"])}
+
+"""
+
+
+def _checkpoint(item: Checkpoint) -> str:
+    """What it is, what alarmed while it was trained, and its curves."""
+    lines = _metrics(item)
+    first: dict[str, str] = {}
+    for line in lines:
+        for name, text in line.get("alarms", ()):
+            first.setdefault(name, f"- **alarm {name}**, first at step {line['step']}: {text}\n")
+    alarms = "".join(first.values()) + "\n" if first else ""
+    curves = f"![{item.label}]({item.label}.png)\n\n" if lines else ""
+    return f"### {item.label}\n\n`checkpoints/{item.id}`, weights {item.weights[:12]}\n\n{alarms}{curves}"
+
+
+def _metrics(item: Checkpoint) -> list[dict[str, Any]]:
+    """The lines of its training."""
+    folder = Path(item.path or "")
+    return read_lines(folder / "metrics.jsonl") or read_lines(folder / "model" / "metrics.jsonl")
 
 
 def _cost(manifest: dict[str, Any]) -> str:
@@ -112,9 +144,13 @@ def _agreement(manifest: dict[str, Any]) -> str:
     )
 
 
-def _comparison(evaluations: list[Evaluation]) -> str:
-    header = ["", *(evaluation.checkpoint for evaluation in evaluations)]
-    return _table(header, [[label, *(_rate(e.metrics[name]) for e in evaluations)] for name, label in RATES.items()])
+def comparison(evaluations: list[Evaluation], across: bool = True) -> str:
+    """A table of all rates: a column for each checkpoint, or, not `across`, a line."""
+    rates = [[_rate(evaluation.metrics[name]) for name in RATES] for evaluation in evaluations]
+    labels = [evaluation.checkpoint for evaluation in evaluations]
+    if across:
+        return _table(["", *labels], [[label, *row] for label, row in zip(RATES.values(), zip(*rates, strict=True), strict=True)])
+    return _table(["", *RATES.values()], [[label, *row] for label, row in zip(labels, rates, strict=True)])
 
 
 def _differences(store: Store, evaluations: list[Evaluation]) -> str:

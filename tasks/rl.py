@@ -18,7 +18,7 @@ import torch.distributed as dist
 from cluster.causal_model import TokenScores
 from cluster.deepspeed_engine import TrainingEngine
 from cluster.errors import Diverged, SpecmillError
-from cluster.training import report, resume, run_workers
+from cluster.training import agreed, report, resume, run_workers
 from cluster.weight_transfer import write_weights
 from tasks import tables
 from tasks.advantages import spread_over_tokens
@@ -64,15 +64,7 @@ def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict
     """Runs the job on Ray Train; the same storage continues an interrupted one. Returns the last step's metrics."""
     config = job.config
     with followed(_log(job), config.steps, progress or Progress("rl", "steps")):
-        run_workers(
-            rl_loop,
-            {"job": job},
-            ranks=config.ranks,
-            cpus_per_rank=config.cpus_per_rank,
-            gpus_per_rank=config.gpus_per_rank,
-            storage=storage,
-            name="train",
-        )
+        run_workers(rl_loop, {"job": job}, config, storage=storage, name="train")
     return last_line(_log(job))
 
 
@@ -155,7 +147,7 @@ class Rollouts:
         write_weights(self._job.weights_file, self._engine.named_weights(), self._engine.rank)
         if self._engine.rank == 0 and self._job.source:
             self._job.source.policy.load_weights(self._job.weights_file, version)
-        rows: list[Row] = _agree(self._probe(version) if self._engine.rank == 0 else None)
+        rows = agreed(self._probe(version) if self._engine.rank == 0 else [])
         engine, config = self._engine, self._job.config
         batches = micro_batches(rows, config.training.micro_batch_tokens, engine.rank, engine.world_size)
 
@@ -186,7 +178,7 @@ class Rollouts:
 
     def _agreed(self, step: int) -> list[dict[str, Any]] | None:
         """The rows of a step that lie there, the same on every rank."""
-        there = _agree(self._committed(step) is not None if self._engine.rank == 0 else None)
+        there = agreed(self._committed(step) is not None if self._engine.rank == 0 else None)
         return self._await(step) if there else None
 
     def _committed(self, step: int) -> list[dict[str, Any]] | None:
@@ -277,10 +269,3 @@ def _verify_sync(mismatch: float, tolerance: float, version: int) -> None:
 def _folder(job: str, step: int) -> str:
     """Where the rollouts of a step lie."""
     return f"{STAGE}/{job}/step-{step:06d}"
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -8,7 +8,7 @@ from cluster.engine import EngineConfig
 from cluster.training_config import TrainingConfig
 from tasks.prompts import Cell
 from tasks.rewards import RewardConfig
-from tasks.validation import Strict
+from tasks.stage_config import StageConfig
 
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo"]
 NoiseRule = Literal["shrink", "drop", "keep"]
@@ -21,17 +21,19 @@ class RlTrainingConfig(TrainingConfig):
     learning_rate: float = Field(1e-6, gt=0, title="Learning rate", description="Peak learning rate of AdamW.")
 
 
-class RlConfig(Strict):
+class RlConfig(StageConfig):
     """How the policy learns from its own answers."""
+
+    indifferent = StageConfig.indifferent | {"sync_tolerance", "held_out", "alarm"}
 
     steps: int = Field(2, ge=1, title="Steps", description="Optimiser steps; each draws fresh rollouts.")
     prompts_per_step: int = Field(8, ge=1, title="Prompts per step", description="Groups of a step.")
     rollouts_per_prompt: int = Field(4, ge=2, title="Rollouts per prompt", description="Size of a group; advantages compare within it.")
-    rounds: int = Field(
-        2,
-        ge=1,
-        title="Rounds of drawing",
-        description="Groups whose rewards teach nothing are replaced by groups of further prompts, in so many rounds of a step at most.",
+    refills: int = Field(
+        1,
+        ge=0,
+        title="Refills",
+        description="How often, at most, groups whose rewards teach nothing are replaced by groups of further prompts in a step.",
     )
     mix: dict[Cell, Annotated[float, Field(gt=0)]] = Field(
         {},
@@ -103,9 +105,6 @@ class RlConfig(Strict):
         description="What a sign of collapse or of a deceived judge does: a line on terminal and in the metrics, or the end of the run.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
-    ranks: int = Field(1, ge=1, title="Ranks", description="Processes that train together; may change when a run goes on.")
-    cpus_per_rank: float = Field(1.0, gt=0, title="CPUs a rank", description="What Ray sets aside for each rank.")
-    gpus_per_rank: int = Field(0, ge=0, le=1, title="GPUs a rank", description="0 trains on the CPU, 1 on a GPU for each rank.")
     save_every_steps: int = Field(1, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most.")
     training: RlTrainingConfig = Field(RlTrainingConfig(), title="Training", description="DeepSpeed settings.")
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,24 @@ from pydantic import Field
 
 from cluster.errors import SpecmillError
 from tasks.validation import Strict
+
+
+class PairConfig(Strict):
+    """Which pairs of completions a dataset holds."""
+
+    per_prompt: int = Field(1, ge=0, title="Pairs per prompt", description="Most pairs of a prompt; a completion is in one pair at most.")
+    margin: float = Field(
+        1.0, gt=0, le=4, title="Margin", description="Least difference of the two mean scores, on the judge's scale of 1 to 5."
+    )
+    sampling: Literal["extremes", "rso"] = Field(
+        "extremes",
+        title="Sampling",
+        description="extremes: the best against the worst, the second best against the second worst; rso: of what statistical rejection "
+        "sampling accepts (arXiv 2309.06657), two at a time.",
+    )
+    rso_beta: float = Field(
+        0.5, gt=0, title="RSO beta", description="rso: a completion d points below the best is accepted with probability exp(-d / beta)."
+    )
 
 
 class SelectConfig(Strict):
@@ -22,6 +40,13 @@ class SelectConfig(Strict):
     best_of: int = Field(1, ge=1, title="Best of n", description="Kept samples per prompt, the best first.")
     max_per_category: int | None = Field(None, ge=1, title="Category quota", description="Most rows of one category.")
     max_per_verdict: int | None = Field(None, ge=1, title="Verdict quota", description="Most rows of one verdict within a category.")
+    spare: int = Field(
+        3,
+        ge=0,
+        title="Spare rows",
+        description="Most rows of a prompt that pass the threshold beyond best of n and quotas; the stage `rejection` takes them too.",
+    )
+    pairs: PairConfig = Field(PairConfig(), title="Pairs", description="Preference pairs, from which the stage `dpo` learns.")
     min_categories: int = Field(2, ge=1, title="Categories needed", description="Fewer categories with kept rows stop the run.")
 
     def limit(self, category: str) -> int:
@@ -61,6 +86,26 @@ class Candidates:
         if reason not in self.reasons:
             self.reasons.append(reason)
         self.reason[which] = self.reasons.index(reason)
+
+
+SPARE = ("not_best_of_n", "verdict_quota", "category_quota")
+"""Reasons of completions that passed the threshold and were more than was wanted."""
+
+
+def passed(found: Candidates) -> npt.NDArray[np.bool_]:
+    """Which completions passed the threshold, those that were more than was wanted included."""
+    return np.isin(found.reason, [number for number, reason in enumerate(found.reasons) if reason is None or reason in SPARE])
+
+
+def spare(found: Candidates, most: int) -> npt.NDArray[np.bool_]:
+    """Of those that were more than was wanted the best, at most so many of a prompt."""
+    chosen = np.zeros(len(found.reason), np.bool_)
+    left = np.flatnonzero(passed(found) & ~found.kept) if most else np.empty(0, np.int64)
+    ranked = left[np.lexsort((found.sample[left], -found.score[left], found.prompt[left]))]
+    prompt = found.prompt[ranked]
+    places = np.arange(len(ranked)) - np.searchsorted(prompt, prompt)
+    chosen[ranked[places < most]] = True
+    return chosen
 
 
 def lowest(scores: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:

@@ -57,7 +57,7 @@ class Columns(Strict):
     category: str | None = Field(None, title="Category", description="Category of the policy.")
     cell: str | None = Field(None, title="Cell", description="violation, borderline, benign or transformation.")
     group: str | None = Field(None, title="Group", description="Scenario group, which goes to one split whole. Left out: each row is one.")
-    split: str | None = Field(None, title="Split", description="sft, rl or eval. Left out: the group's name decides.")
+    split: str | None = Field(None, title="Split", description="sft, rl, dev or eval. Left out: the group's name decides.")
     ideal_verdict: str | None = Field(None, title="Ideal verdict", description="comply, refuse or safe_complete.")
     ideal_clauses: str | None = Field(None, title="Ideal clauses", description="Clause ids: a list, or text with commas.")
     skill: str | None = Field(None, title="Skill", description="A row that has one is a capability row.")

@@ -104,6 +104,22 @@ TRAINING_VIEW = pa.schema(
     ]
 )
 
+PREFERENCES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("messages", MESSAGES),
+        ("chosen_thought", pa.string()),
+        ("chosen_answer", pa.string()),
+        ("chosen_score", pa.float32()),
+        ("rejected_thought", pa.string()),
+        ("rejected_answer", pa.string()),
+        ("rejected_score", pa.float32()),
+        ("chosen_key", KEY),
+        ("rejected_key", KEY),
+    ]
+)
+
 AUDIT_VIEW = pa.schema(
     [
         ("key", KEY),
@@ -130,6 +146,15 @@ AUDIT_VIEW = pa.schema(
 )
 
 TRAINING_ROWS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt_length", pa.int32())])
+
+PREFERENCE_ROWS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("prompt_length", pa.int32()),
+    ]
+)
 
 ROLLOUTS = pa.schema(
     [

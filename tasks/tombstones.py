@@ -112,9 +112,13 @@ def _holders(store: Store, ids: set[str], stripped: Sequence[str]) -> list[str]:
     checkpoints = {
         file.removesuffix("/manifest.json"): store.read_json(file, CHECKPOINT) for file in store.glob("checkpoints/*/manifest.json")
     }
-    for folder, manifest in checkpoints.items():
-        if manifest["provenance"].get("dataset") in names:
-            trained |= {folder, *(other for other, later in checkpoints.items() if later["provenance"].get("start") == manifest["weights"])}
+    trained |= {folder for folder, manifest in checkpoints.items() if manifest["provenance"].get("dataset") in names}
+    while True:  # whatever was trained from one of these
+        weights = {checkpoints[folder]["weights"] for folder in trained if folder in checkpoints}
+        later = {folder for folder, manifest in checkpoints.items() if manifest["provenance"].get("start") in weights}
+        if later <= trained:
+            break
+        trained |= later
     return [*prompts, *datasets, *sorted(trained), *evaluations]
 
 

@@ -10,7 +10,7 @@ import yaml
 from tasks.duplicates import OverlapConfig
 from tasks.policy import load_policy
 from tasks.prompt_set import PromptSet, load_prompts
-from tasks.prompts import Prompt
+from tasks.prompts import SPLIT_SHARES, Prompt
 from tasks.sources import Source
 from tasks.store import File, Store
 
@@ -34,7 +34,7 @@ def loaded(root: Path, *sources: dict[str, Any], overlap: dict[str, Any] | None 
 
 def all_prompts(prompts: PromptSet) -> list[Prompt]:
     """The prompts of all splits."""
-    return [prompt for split in ("sft", "rl", "eval") for prompt in prompts.prompts(split)]
+    return [prompt for split in SPLIT_SHARES for prompt in prompts.prompts(split)]
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:

@@ -233,7 +233,7 @@ MANIFESTS: dict[str, tuple[bytes, list[str]]] = {
         b'{"version": 1, "kind": "dataset", "id": "x", "name": "n", "rows": 0, "funnel": "all", "balance": {}}',
         ["dataset.funnel"],
     ),
-    "of a run without a dataset": (b'{"version": 1, "kind": "run", "id": "x", "checkpoints": [], "evaluations": []}', ["run.dataset"]),
+    "of a run without a dataset": (b'{"version": 1, "kind": "run", "id": "x", "checkpoints": [], "evaluations": []}', ["run.datasets"]),
 }  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def test_the_parts_of_a_run_are_found_from_everywhere(specmill: Command, root: P
     dataset = next(root.glob(DATASET)).parent.relative_to(root)
     run = root / "runs" / "tiny-0"
     run.mkdir(parents=True)
-    manifest = {"version": 1, "kind": "run", "id": run.name, "dataset": str(dataset), "evaluations": []}
+    manifest = {"version": 1, "kind": "run", "id": run.name, "datasets": [str(dataset)], "evaluations": []}
     (run / "manifest.json").write_text(json.dumps(manifest | {"checkpoints": ["checkpoints/sft-0"]}))
     for folder, path in ((root, "runs/tiny-0"), (run.parent, "tiny-0/"), (run, "."), (root.parent, "root/runs/tiny-0")):
         monkeypatch.chdir(folder)

@@ -189,7 +189,7 @@ def test_the_dataset_opens_with_datasets_and_holds_no_policy(chain: dict[str, An
     from datasets import load_dataset
 
     manifest = json.loads((chain["folder"] / "manifest.json").read_text())
-    rows = load_dataset(str(chain["root"] / manifest["dataset"]), split="train", cache_dir=str(tmp_path))
+    rows = load_dataset(str(chain["root"] / manifest["datasets"][0]), split="train", cache_dir=str(tmp_path))
     assert len(rows) == stages(chain["folder"])["select"]["kept"] and set(rows["category"]) == set(CATEGORIES)
     assert rows.column_names == ["prompt_id", "category", "messages", "thought", "answer"]
     clauses = [clause.text for _, clause in load_policy(str(SPECS / "policies" / "base")).clauses.values()]

@@ -130,7 +130,12 @@ def _unwritable(folder: Path) -> str:
         (lambda folder: {"generate": {"engine": {"kv_cache_gib": 9000}}}, ["GiB are free", "Lower `engines` or `kv_cache_gib`"]),
         (lambda folder: {"generate": {"max_tokens": 64}}, ["generate.max_tokens", "longest output"]),
         (lambda folder: {"generate": {"engine": {"max_model_len": 6000}}}, ["generate.engine.max_model_len", "no room for the policy"]),
-        (lambda folder: {"rl": {"prompts_per_step": 999}}, ["rl.prompts_per_step", "the RL split has 56"]),
+        (lambda folder: {"rl": {"prompts_per_step": 999}}, ["rl.prompts_per_step", "the RL split has 28"]),
+        (lambda folder: {"train": ["rl", "sft", "rl"]}, ["train: rl is there twice", "`rounds`"]),
+        (lambda folder: {"train": ["dpo"], "generate": {"n": 1}}, ["dpo compares the samples", "generate.n"]),
+        (lambda folder: {"train": ["rlhf"]}, ["train.0", "'sft', 'rejection', 'dpo' or 'rl'"]),
+        (lambda folder: {"rounds": 2, "generate": {"engine": {"backend": "fake"}}}, ["rounds", "backend: vllm"]),
+        (lambda folder: {"sft": {"development": {"max_tokens": 50000}}}, ["evaluate.engine.max_model_len", "of the dev split"]),
         (lambda folder: {"select": {"category_threshold": {"cooking": 3}}}, ["select.category_threshold", "cooking"]),
         (lambda folder: {"evaluate": {"engine": {"max_model_len": 300}}}, ["evaluate.engine.max_model_len", "split"]),
     ],
@@ -144,6 +149,11 @@ def _unwritable(folder: Path) -> str:
         "too few tokens",
         "too small a context",
         "too few prompts for RL",
+        "a stage twice",
+        "nothing to prefer",
+        "unknown stage",
+        "checkpoints for a fake engine",
+        "no room for a look",
         "unknown category",
         "no room for a rollout",
     ],
@@ -160,7 +170,7 @@ def test_the_defaults_make_a_run_that_may_start(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("version: 1\n")
     run = prepare(RunRequest(file=str(file), root=str(tmp_path / "root")))
-    assert (len(run.split("sft")), len(run.split("rl")), len(run.split("eval"))) == (112, 56, 56)
+    assert [len(run.split(split)) for split in ("sft", "rl", "dev", "eval")] == [112, 28, 28, 56]
 
 
 def test_an_inherited_path_is_that_of_the_file_that_names_it(tmp_path: Path):

@@ -28,7 +28,7 @@ from tasks.judge import HIGHEST, LOWEST, parse_scores
 from tasks.policy import lint, load_policy, render
 from tasks.prompt_parts import field_of
 from tasks.prompt_set import load_prompts
-from tasks.prompts import CapabilityRow, Prompt
+from tasks.prompts import SPLIT_SHARES, CapabilityRow, Prompt
 from tasks.sources import Columns, Source
 from tasks.store import Store
 from tasks.thoughts import Malformed, Parts, split
@@ -216,7 +216,7 @@ def balance(place: Path, file: Path, source: dict[str, Any]) -> None:
     if file.suffix == ".jsonl":
         lines = [raw for raw in file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if raw.strip()]
         assert prompts.manifest["sources"][1]["rows"] == len(lines)
-    assert len([*prompts.prompts("sft"), *prompts.prompts("rl"), *prompts.prompts("eval")]) == prompts.counts["prompts"]
+    assert sum(prompts.size(split) for split in SPLIT_SHARES) == prompts.counts["prompts"]
     assert len(prompts.capability) == prompts.counts["capability"]
     assert all(field_of(bad["reason"]) for bad in put_aside)
 

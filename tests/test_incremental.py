@@ -18,7 +18,7 @@ from cluster.errors import UserError
 from flows.config import RunRequest
 from flows.inspect import problems
 from flows.plan import Estimate, Line, describe_plan, plan
-from flows.steps import _made_once
+from flows.steps import made_once
 from flows.workspace import prepare, survey
 from tasks import progress
 from tasks.garbage import garbage, stages
@@ -230,8 +230,8 @@ def test_a_prompt_is_deleted_with_what_was_judged_under_an_older_name_of_it(fold
 def test_a_second_run_does_not_make_what_the_first_is_making(folder: Path) -> None:
     run = prepare(request(folder))
     with Ledger(run.store, "checkpoints/sft-1").writing(3), pytest.raises(UserError, match=r"another run.*checkpoints/sft-1"):
-        _made_once(run, "checkpoints/sft-1", lambda: None, lambda: pytest.fail("it trains beside the first"))
-    assert _made_once(run, "checkpoints/sft-1", lambda: None, lambda: "trained") == "trained"
+        made_once(run, "checkpoints/sft-1", lambda: None, lambda: pytest.fail("it trains beside the first"))
+    assert made_once(run, "checkpoints/sft-1", lambda: None, lambda: "trained") == "trained"
     assert "checkpoints/sft-1" in stages(run.store)
     run.store.put("checkpoints/sft-1/manifest.json", b"{}")
     assert "checkpoints/sft-1" not in stages(run.store), "what is finished is claimed by nobody"

@@ -8,8 +8,8 @@ import torch
 from cluster.causal_model import score
 from cluster.errors import UserError
 from tasks.advantages import group_advantages, judge_noise, spread_over_tokens
-from tasks.batch import Row, assign, micro_batches, pack, step_rows, steps_per_epoch
-from tasks.losses import nll, policy_gradient, reference_kl
+from tasks.batch import Row, RowOrder, assign, micro_batches, pack, pair_batches, steps_per_epoch
+from tasks.losses import dpo, nll, policy_gradient, reference_kl
 
 ROWS = [Row(list(range(9, 9 + length)), prompt) for length, prompt in ((20, 5), (18, 10), (30, 4), (9, 3))]
 BUDGET = 40
@@ -51,10 +51,10 @@ def test_a_rank_without_rows_gets_a_batch_of_weight_zero() -> None:
 
 
 def test_an_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
-    steps = [step_rows(step, 10, 4, seed=3) for step in range(2 * steps_per_epoch(10, 4))]
+    steps = [RowOrder([1] * 10, 4, seed=3).at(step) for step in range(2 * steps_per_epoch(10, 4))]
     first, second = ([index for epoch, rows in steps if epoch == number for index in rows] for number in (0, 1))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert steps == [step_rows(step, 10, 4, seed=3) for step in range(6)]
+    assert steps == list(map(RowOrder([1] * 10, 4, seed=3).at, range(6)))
 
 
 # Losses
@@ -72,6 +72,21 @@ def test_temperature_divides_logits() -> None:
     scores = score(logits, torch.tensor([1]), temperature=2.0)
     torch.testing.assert_close(scores.logp, torch.tensor([math.log(0.75)]))
     torch.testing.assert_close(scores.entropy, torch.tensor([-0.75 * math.log(0.75) - 0.25 * math.log(0.25)]))
+
+
+def test_dpo_is_the_logistic_loss_of_the_margin_and_counts_each_pair_once() -> None:
+    pairs = [(Row([1, 2, 3, 4], 2), Row([1, 2, 9], 2)), (Row([5, 6], 1), Row([5, 7, 8], 1))]
+    (batch,) = pair_batches(pairs, 100, 0, 1)
+    assert batch.row.tolist() == [0, 0, 1, 2, 3, 3] and batch.mask.tolist() == [1, 0, 0, 1, 0, 0]
+    logp = torch.tensor([-1.0, -2.0, -1.0, -4.0, -0.5, -0.5])
+    reference = torch.tensor([-2.0, -2.0, -1.5, -2.0, -1.0, -1.0])
+    loss = dpo(logp, reference, batch.row, batch.mask, beta=2.0)
+    margins = torch.tensor([2 * (1.0 - 0.5), 2 * (-2.0 - 1.0)])
+    torch.testing.assert_close(loss.loss[batch.mask > 0], torch.log1p(torch.exp(-margins)))
+    assert loss.loss.sum() == loss.loss[batch.mask > 0].sum() and loss.stats["accuracy"].tolist() == [1, 0, 0, 0, 0, 0]
+    (empty,) = pair_batches(pairs[:1], 100, 1, 2)
+    nothing = dpo(torch.zeros(1, requires_grad=True), torch.zeros(1), empty.row, empty.mask, beta=2.0)
+    assert nothing.loss.tolist() == [0.0] and nothing.loss.requires_grad and set(nothing.stats) == set(loss.stats)
 
 
 # Advantages

@@ -13,7 +13,7 @@ from cluster.errors import UserError
 from tasks.policy import load_policy
 from tasks.prompt_parts import PART_ROWS
 from tasks.prompt_set import PromptSet, load_prompts
-from tasks.prompts import CELLS, CapabilityRow, Prompt, named_split, read_rows
+from tasks.prompts import CELLS, SPLIT_SHARES, CapabilityRow, Prompt, named_split, read_rows
 from tasks.sources import source_files
 from tasks.store import Corrupt, Store
 
@@ -71,16 +71,16 @@ def test_capability_thoughts_do_not_talk_about_policy():
 
 def test_splits_go_by_scenario_group(tmp_path: Path):
     prompts = load_prompts(Store(str(tmp_path)), SPECS / "prompts", POLICY)
-    cells = Counter((prompt.category, prompt.cell, split) for split in ("sft", "rl", "eval") for prompt in prompts.prompts(split))
+    cells = Counter((prompt.category, prompt.cell, split) for split in SPLIT_SHARES for prompt in prompts.prompts(split))
     for category, cell in itertools.product(POLICY.categories, CELLS):
-        assert [cells[category, cell, split] for split in ("sft", "rl", "eval")] == [4, 2, 2]
+        assert [cells[category, cell, split] for split in SPLIT_SHARES] == [4, 1, 1, 2]
     assert prompts.counts == {"prompts": 224, "capability": len(CAPABILITY), "quarantined": 0}
     assert sorted(item.id for item in prompts.capability) == sorted(item.id for item in CAPABILITY)
 
 
 def test_a_group_that_names_no_split_goes_by_its_name(tmp_path: Path):
     shares = Counter(named_split(f"group {number}") for number in range(4000))
-    assert all(abs(shares[split] / 4000 - share) < 0.03 for split, share in (("sft", 0.5), ("rl", 0.25), ("eval", 0.25)))
+    assert all(abs(shares[split] / 4000 - share) < 0.03 for split, share in (("sft", 0.5), ("rl", 0.125), ("dev", 0.125), ("eval", 0.25)))
     rows = [_row(number, group=f"g{number // 4}", split=None) for number in range(80)]
     splits = {prompt.group: split for split in shares for prompt in loaded(tmp_path, rows).prompts(split)}
     assert splits == {f"g{number}": named_split(f"g{number}") for number in range(20)}
@@ -93,8 +93,8 @@ def test_groups_of_a_never_clause_are_for_evaluation_only(tmp_path: Path):
     marked["ideal_clauses"] = ["ER12"]
     prompts = loaded(tmp_path, rows)
     assert {prompt.group for prompt in prompts.prompts("eval")} >= {"er-01"}
-    assert all(prompt.group != "er-01" for split in ("sft", "rl") for prompt in prompts.prompts(split))
-    assert sum(prompts.size(split) for split in ("sft", "rl", "eval")) == len(rows)
+    assert all(prompt.group != "er-01" for split in ("sft", "rl", "dev") for prompt in prompts.prompts(split))
+    assert sum(prompts.size(split) for split in SPLIT_SHARES) == len(rows)
 
 
 @pytest.mark.parametrize("content", [None, b"PAR1"])

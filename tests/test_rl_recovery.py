@@ -35,7 +35,14 @@ RAY_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 def config(**changes: Any) -> RlConfig:
     """Some steps of two groups, with adapters and the rules' reward."""
     training = TrainingConfig(lora_rank=4, learning_rate=1e-4, micro_batch_tokens=2048).model_dump()
-    values = {"steps": STEPS, "prompts_per_step": 2, "rollouts_per_prompt": 4, "max_tokens": 40, "reward": {"source": "rules"}, "rounds": 2}
+    values = {
+        "steps": STEPS,
+        "prompts_per_step": 2,
+        "rollouts_per_prompt": 4,
+        "max_tokens": 40,
+        "reward": {"source": "rules"},
+        "refills": 1,
+    }
     return RlConfig.model_validate(values | {"training": training} | changes)
 
 

@@ -22,7 +22,9 @@ import torch
 
 from cluster.errors import Diverged, UserError
 from flows.config import RunRequest, load_run
-from tasks.sft import SftConfig, train_sft
+from tasks.offline import train_offline
+from tasks.sft import Sft
+from tasks.stage_config import SftConfig
 
 ROOT = Path(__file__).parent.parent
 PROMPT = [7, 8, 9]
@@ -71,7 +73,7 @@ def ray_cluster() -> Iterator[None]:
 def finished(ray_cluster: None, rows_file: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of an undisturbed run at ZeRO-2."""
     output = tmp_path_factory.mktemp("sft") / "undisturbed"
-    train_sft(str(rows_file), str(toy), str(output), sft_config(2))
+    train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(2))
     return output
 
 
@@ -111,21 +113,20 @@ def test_sft_learns_and_exports_a_model_that_transformers_loads(finished: Path) 
 @pytest.mark.slow
 def test_a_finished_run_is_not_done_again_nor_replaced_by_another(finished: Path, rows_file: Path, toy: Path) -> None:
     before = (finished / "model.safetensors").stat().st_mtime_ns
-    again = train_sft(str(rows_file), str(toy), str(finished), sft_config(2).model_copy(update={"save_every_steps": 7}))
+    again = train_offline(Sft, str(rows_file), str(toy), str(finished), sft_config(2).model_copy(update={"save_every_steps": 7}))
     assert again["step"] == STEPS - 1 and (finished / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="another configuration"):
-        train_sft(str(rows_file), str(toy), str(finished), sft_config(3))
+        train_offline(Sft, str(rows_file), str(toy), str(finished), sft_config(3))
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_at_once_and_names_the_rows(finished: Path, rows_file: Path, toy: Path) -> None:
     output = finished.parent / "diverged"
-    config = sft_config(2)
-    config.save_every_steps = 1
-    config.training.learning_rate = 1e38
-    config.training.warmup_ratio = 0.0
-    with pytest.raises(Diverged, match=r"SFT step 1, rows number \d+, .*became nan; lower training.learning_rate"):
-        train_sft(str(rows_file), str(toy), str(output), config)
+    changes = {"learning_rate": 1e38, "warmup_ratio": 0.0}
+    training = sft_config(2).training.model_copy(update=changes)
+    config = sft_config(2).model_copy(update={"save_every_steps": 1, "training": training})
+    with pytest.raises(Diverged, match=r"sft step 1, rows number \d+, .*became nan; lower training.learning_rate"):
+        train_offline(Sft, str(rows_file), str(toy), str(output), config)
     run = output.parent / ".training" / output.name
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and not output.exists()
     assert list(run.glob("checkpoint_*/state.json")), "what came before it is kept"
@@ -143,7 +144,7 @@ def test_zero_3_with_a_killed_worker_ends_where_undisturbed_zero_2_does_and_vllm
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    metrics = train_sft(str(rows_file), str(toy), str(output), sft_config(3))
+    metrics = train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(3))
     killer.join()
     assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-4)
     assert metrics["loss"] == losses_in(output)[-1]
@@ -165,7 +166,7 @@ def interrupt_main(rows: str, model: str, output: str) -> None:
 
     with ray_session():
         try:
-            train_sft(rows, model, output, sft_config(2))
+            train_offline(Sft, rows, model, output, sft_config(2))
         except KeyboardInterrupt:
             _, alive = psutil.wait_procs(train_workers(), timeout=5)
             sys.exit(WORKERS_LEFT if alive else INTERRUPTED)
@@ -185,7 +186,7 @@ def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Pat
         driver.kill()
     done = (run / "metrics.jsonl").read_text().splitlines()
     assert SAVED <= len(done) < STEPS and not output.exists()
-    train_sft(str(rows_file), str(toy), str(output), sft_config(2))
+    train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(2))
     # steps before the first checkpoint were not done again: their lines, with their timings, are the same
     assert (output / "metrics.jsonl").read_text().splitlines()[:SAVED] == done[:SAVED]
     assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-6)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.losses import policy_gradient, reference_kl
+from tasks.losses import dpo, policy_gradient, reference_kl
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM", "ignore:.*torch.jit.script")
 ROWS, LENGTH = 4, 7
-KL = 0.05
+BETA, KL = 0.3, 0.05
 ACCELERATOR = SimpleNamespace(
     num_processes=1, device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value, reduce=lambda value, reduction: value
 )
@@ -89,3 +89,49 @@ def test_advantages_are_trls_but_for_its_epsilon(kind: str) -> None:
     centred = rewards - torch.nanmean(rewards, dim=1, keepdim=True)
     theirs = {"grpo": centred / nanstd(rewards, dim=1)[:, None], "dr_grpo": centred, "rloo": centred * 4 / 3}
     torch.testing.assert_close(group_advantages(rewards, kind).values, theirs[kind])  # type: ignore[arg-type]
+
+
+def test_dpo_is_trls(tokens: dict[str, Tensor]) -> None:
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    def model_of(logp: Tensor) -> Any:
+        metrics = {name: torch.zeros(ROWS, LENGTH) for name in ("entropy", "mean_logits")} | {"is_top1": tokens["mask"] > 0}
+        return lambda **_: SimpleNamespace(log_probs=logp * tokens["mask"], **metrics)
+
+    logp = tokens["logp"].clone().requires_grad_()
+    trainer = MagicMock(
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        beta=BETA,
+        label_smoothing=0.0,
+        use_weighting=False,
+        aux_loss_enabled=False,
+        accelerator=ACCELERATOR,
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    reference = (tokens["reference"] * tokens["mask"]).sum(1)
+    inputs = {
+        "input_ids": torch.zeros(ROWS, LENGTH + 1, dtype=torch.long),
+        "attention_mask": torch.ones(ROWS, LENGTH + 1, dtype=torch.long),
+        "completion_mask": torch.cat([torch.zeros(ROWS, 1), tokens["mask"]], 1),
+        "ref_chosen_logps": reference[:2],
+        "ref_rejected_logps": reference[2:],
+    }
+    theirs = DPOTrainer._compute_loss(trainer, model_of(logp), inputs, return_outputs=False)
+
+    ours_logp = tokens["logp"].clone().requires_grad_()
+    order = [0, 2, 1, 3]  # TRL lays all chosen before all rejected, we lay pair after pair
+    kept = [tokens["mask"][row] > 0 for row in order]
+    flat, flat_reference = (
+        torch.cat([values[row][keep] for row, keep in zip(order, kept, strict=True)]) for values in (ours_logp, tokens["reference"])
+    )
+    rows = torch.cat([torch.full((int(keep.sum()),), number) for number, keep in enumerate(kept)])
+    weights = ((torch.diff(rows, prepend=torch.tensor([-1])) > 0) & (rows % 2 == 0)).float()
+    loss = dpo(flat, flat_reference, rows, weights, BETA)
+    ours = (loss.loss * weights).sum() / weights.sum()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient(ours, ours_logp), gradient(theirs, logp))

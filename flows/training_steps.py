@@ -1,0 +1,172 @@
+"""The Prefect tasks of training: each takes the checkpoint before it, and makes the next one or finds it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from cluster.chat import chat_of
+from flows.steps import made_once
+from flows.workspace import Workspace
+from tasks import checkpoints as ckpt
+from tasks import rl
+from tasks.checkpoints import Checkpoint
+from tasks.collect import Source
+from tasks.dataset import Dataset
+from tasks.development import Development
+from tasks.dpo import Dpo
+from tasks.keys import code_version, digest
+from tasks.offline import Objective, train_offline
+from tasks.progress import Progress, say
+from tasks.sft import Sft
+from tasks.stage_config import OfflineConfig, StageConfig
+from tasks.training_rows import preference_rows, training_rows
+
+
+@task(name="sft", cache_policy=NO_CACHE)
+def sft_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
+    """Supervised fine-tuning on the rows that were selected, mixed with capability rows."""
+    config = run.config.sft
+    table = training_rows(run.store, dataset.files("data"), run.prompts.capability, chat_of(start.model.path), config)
+    return _offline(run, "sft", Sft, config, dataset, table, start)
+
+
+@task(name="rejection", cache_policy=NO_CACHE)
+def rejection_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
+    """The same on all rows that passed the threshold: rejection sampling."""
+    config, files = run.config.rejection, [*dataset.files("data"), *dataset.files("spare")]
+    table = training_rows(run.store, files, run.prompts.capability, chat_of(start.model.path), config)
+    return _offline(run, "rejection", Sft, config, dataset, table, start)
+
+
+@task(name="dpo", cache_policy=NO_CACHE)
+def dpo_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
+    """Direct preference optimisation on the pairs of the dataset."""
+    table = preference_rows(run.store, dataset.files("preferences"), chat_of(start.model.path))
+    return _offline(run, "dpo", Dpo, run.config.dpo, dataset, table, start)
+
+
+@task(name="rl", cache_policy=NO_CACHE)
+def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
+    """Reinforcement learning, rewarded by the judge that never sees the thought."""
+    config, store = run.config, run.store
+    prompts = run.split("rl")
+    recipe = {
+        "start": start.weights,
+        "prompts": digest([prompt.model_dump() for prompt in prompts]),
+        "specs": {name: spec.hash for name, spec in run.specs.items()},
+        "judge": run.judge_hash("blind"),
+        "config": config.rl.recipe(),
+    }
+    judges = [pool for pool in (run.judge if config.rl.asks_judge else None, run.held_out) if pool]
+
+    def train(id: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        for pool in (run.policy_engine, *judges):
+            run.start(pool)
+        source = Source(
+            job=id,
+            model_path=start.model.path,
+            config=config.rl,
+            prompts=tuple(prompts),
+            specs=run.specs,
+            policy=run.policy_engine.fleet(),
+            judge=run.judge.fleet() if config.rl.asks_judge else None,
+            judge_model=run.judge.model,
+            judge_config=config.judge,
+            held_out=run.held_out.fleet() if run.held_out else None,
+        )
+        job = rl.RlJob(
+            root=store.root,
+            id=id,
+            start_path=start.model.path,
+            output=str(path / "model"),
+            weights_file=str(path / "weights.safetensors"),
+            config=config.rl,
+            source=source,
+            sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
+        )
+        with Progress("rl", "steps") as progress:
+            metrics = rl.train_rl(job, str(path), progress)
+        (path / "weights.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(path / "train", ignore_errors=True)
+        return metrics, {"sync_tolerance": job.sync_tolerance}
+
+    found = _trained(run, "rl", recipe, config.rl, start, train, keeps=(run.policy_engine, *judges))
+    run.note("rl", steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
+    return found
+
+
+STAGES: dict[str, Callable[[Workspace, Dataset, Checkpoint], Checkpoint]] = {
+    "sft": sft_step,
+    "rejection": rejection_step,
+    "dpo": dpo_step,
+    "rl": rl_step,
+}
+"""The entries of `train` in a run file."""
+
+
+def _offline(
+    run: Workspace,
+    kind: str,
+    objective: type[Objective],
+    config: OfflineConfig,
+    dataset: Dataset,
+    table: pa.Table,
+    start: Checkpoint,
+) -> Checkpoint:
+    """A checkpoint that was trained on rows of the dataset, which are written beside it."""
+    recipe = {"start": start.weights, "rows": digest(table.to_pylist()), "config": config.recipe()}
+    prompts = tuple(run.split("dev")) if config.development else ()
+    if prompts:
+        recipe["development"] = digest([prompt.model_dump() for prompt in prompts])
+
+    def train(id: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        development, weights = None, path / "weights.safetensors"
+        if config.development:
+            run.start(run.policy_engine)
+            engines = run.policy_engine.fleet()
+            development = Development(config.development, prompts, run.policy, start.model.path, engines, str(weights))
+        shard = run.store.put_table(f"checkpoints/{id}/rows", table)
+        with Progress(kind, "steps") as progress:
+            rows, output = run.store.path(shard.path), str(path / "model")
+            metrics = train_offline(objective, rows, start.model.path, output, config, progress, development)
+        weights.unlink(missing_ok=True)
+        shutil.rmtree(path / ".training", ignore_errors=True)
+        return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
+
+    found = _trained(run, kind, recipe, config, start, train, keeps=(run.policy_engine,) if prompts else ())
+    run.note(kind, rows=table.num_rows, reused=int(found.reused), trained=int(not found.reused))
+    return found
+
+
+def _trained(
+    run: Workspace,
+    kind: str,
+    recipe: dict[str, Any],
+    config: StageConfig,
+    start: Checkpoint,
+    train: Callable[[str, Path], tuple[dict[str, Any], dict[str, Any]]],
+    keeps: tuple[Any, ...] = (),
+) -> Checkpoint:
+    """The checkpoint of a recipe, found or trained. `train` gets its id and folder and returns its last metrics and more of its origin.
+
+    A model that was not finished is removed; the state of its training stays, so that it can go on. `keeps`: pools that training needs.
+    """
+    id = f"{kind}-{digest(recipe)[:12]}"
+
+    def make() -> Checkpoint:
+        path = ckpt.directory(run.store, id)
+        shutil.rmtree(path / "model", ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if config.gpus_per_rank:
+            run.free_gpus(*keeps)
+        say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
+        metrics, origin = train(id, path)
+        origin |= {"from": start.id, "code": code_version(), "ranks": config.ranks, "gpus_per_rank": config.gpus_per_rank}
+        return ckpt.finish(run.store, id, kind, recipe | origin, metrics)
+
+    return made_once(run, f"checkpoints/{id}", lambda: ckpt.find(run.store, id), make)
