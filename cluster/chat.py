@@ -62,7 +62,12 @@ class Chat:
         roles = ("user", "assistant", "user")
         rendered = self._render([{"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)])
         after = rendered.partition(slots[1])[2].partition(slots[2])[0]
-        return next(token for token in self._border(after) if token in self._borders)
+        for token in self._border(after):
+            if token in self._borders:
+                return token
+        raise UserError(
+            f"model {self.path}: its chat template ends an assistant's turn with no token of its own: a model could not learn to stop."
+        )
 
     def text(self, text: str) -> list[int]:
         """Token ids of untrusted text; contains no control token, whatever the text spells."""

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -55,6 +56,25 @@ def check_trainable(path: str) -> None:
     added = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)]
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
+
+
+def weight_count(path: str) -> int:
+    """Numbers in all safetensors files of a checkpoint; reads their headers only."""
+    from safetensors import safe_open
+
+    count = 0
+    for part in Path(path).glob("*.safetensors"):
+        with safe_open(part, "np") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a mapping
+    return count
+
+
+def context_length(path: str) -> int | None:
+    """How many positions a model was made for, None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    found = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def resolve_model(name: str, revision: str | None = None) -> Model:

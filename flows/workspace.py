@@ -12,6 +12,7 @@ from cluster.errors import UserError
 from cluster.models import Model, check_trainable
 from cluster.pool import Pool
 from cluster.session import ray_session
+from cluster.training import check_memory
 from flows.config import RunConfig, RunRequest, load_run
 from tasks.checkpoints import Checkpoint, directory
 from tasks.complete import Request, requests
@@ -25,6 +26,7 @@ from tasks.policy import Policy, Spec, load_policy
 from tasks.progress import say
 from tasks.prompt_set import PromptSet, load_prompts
 from tasks.prompts import Prompt, Split
+from tasks.stage_config import StageConfig
 from tasks.store import Shard, Store
 from tasks.tombstones import deleted_prompts
 from tasks.wanted import Wanted
@@ -289,6 +291,9 @@ def _check_training(run: Workspace) -> None:
     if not run.prompts.size("eval"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
     check_trainable(run.base_model.path)
+    for name in config.train:
+        stage: StageConfig = getattr(config, name)
+        check_memory(run.base_model.path, stage, stage.training, reference=name == "rl" and config.rl.kl > 0)
     chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
     limits: dict[Split, int] = {"eval": config.evaluate.max_tokens}
     if trains_rl:

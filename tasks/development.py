@@ -69,7 +69,7 @@ class Watch:
     """Looks at the model every so many steps, and keeps the weights of the best look."""
 
     def __init__(self, development: Development, run: Path, state: dict[str, Any] | None) -> None:
-        self._development, self._folder = development, run / "best"
+        self._development, self._run = development, run
         self._best = Best(**state) if state else None
 
     @property
@@ -97,7 +97,7 @@ class Watch:
             return {}
         found = self._development.look(engine, steps)
         if found[config.measure] > best.value and found.get("over_refusal", 0.0) <= best.allowed:
-            engine.export(self._folder)
+            engine.export(self._kept(steps))
             best.step, best.value, best.worse = steps, found[config.measure], 0
         else:
             best.worse += 1
@@ -111,12 +111,24 @@ class Watch:
                 f"over-refusal on the development split was above {self._best.allowed:.2f} at every look, so no step is kept. Lower "
                 "training.learning_rate, mix in more capability rows or benign prompts, or raise development.over_refusal."
             )
+        kept = self._kept(self._best.step)
         if engine.rank == 0:
             for file in beside:
-                shutil.copyfile(file, self._folder / file.name)
+                shutil.copyfile(file, kept / file.name)
             shutil.rmtree(output, ignore_errors=True)
-            self._folder.rename(output)
+            kept.rename(output)
         agreed(None)
+
+    def forget(self, engine: "TrainingEngine") -> None:
+        """Removes the weights of earlier looks, when a checkpoint names the best one: until then training may go back to before it."""
+        assert self._best
+        for folder in self._run.glob(self._kept("*").name) if engine.rank == 0 else ():
+            if folder != self._kept(self._best.step):
+                shutil.rmtree(folder)
+
+    def _kept(self, steps: int | str) -> Path:
+        """Where the weights of a look lie."""
+        return self._run / f"best-{steps}"
 
 
 def _named(found: dict[str, float]) -> dict[str, float]:

@@ -44,6 +44,11 @@ class Dpo(Objective):
             good = pc.and_(good, pc.greater(pc.list_value_length(table[f"{side}_ids"]), table["prompt_length"]))
         return good
 
+    @classmethod
+    def longest(cls, table: pa.Table) -> pa.ChunkedArray:
+        """Tokens of the longer completion, its prompt included."""
+        return pc.max_element_wise(*(pc.list_value_length(table[f"{side}_ids"]) for side in SIDES))
+
     @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens of both completions together."""

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.errors import Diverged, UserError
+from cluster.models import context_length
 from cluster.training import report, resume, run_workers
 from tasks.batch import MicroBatch, RowOrder, steps_per_epoch
 from tasks.development import Development, Watch
@@ -46,6 +48,11 @@ class Objective(ABC):
     @abstractmethod
     def usable(cls, table: pa.Table) -> pa.ChunkedArray:
         """Which rows can be learnt from."""
+
+    @classmethod
+    @abstractmethod
+    def longest(cls, table: pa.Table) -> pa.ChunkedArray:
+        """Tokens of each row's longest sequence."""
 
     @property
     @abstractmethod
@@ -94,7 +101,8 @@ def train_offline(
     """
     target = Path(output).absolute()
     storage = target.parent / ".training"
-    rows = read_rows(objective, rows_path).num_rows
+    table = read_rows(objective, rows_path)
+    _check_lengths(objective, table, model_path)
     identity = json.dumps(_identity(objective, rows_path, model_path, config), indent=1)
     if _claims(target, identity):
         return last_line(target / "metrics.jsonl")
@@ -102,7 +110,7 @@ def train_offline(
     if not _claims(run, identity):
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(identity)
-    total = config.epochs * steps_per_epoch(rows, config.rows_per_step)
+    total = config.epochs * steps_per_epoch(table.num_rows, config.rows_per_step)
     job = OfflineJob(
         objective, config, str(Path(rows_path).absolute()), str(Path(model_path).absolute()), str(target), str(run), development
     )
@@ -149,6 +157,8 @@ def offline_loop(settings: dict[str, Any]) -> None:
             break
         if (step + 1) % config.save_every_steps == 0 and step + 1 < total:  # what follows the last step is the export
             report(line, engine, {"step": step + 1, "development": watch.state if watch else None})
+            if watch:
+                watch.forget(engine)
     beside = [metrics_file, run / "run.json"]
     if watch:
         watch.publish(engine, Path(job.output), beside)
@@ -172,6 +182,17 @@ def read_rows(objective: type[Objective], path: str) -> pa.Table:
         name = _named(table, [good.index(False)])
         raise UserError(f"{path}: row {name} cannot be learnt from: each needs a prompt token and a token to learn. Rebuild the dataset.")
     return table
+
+
+def _check_lengths(objective: type[Objective], table: pa.Table, model_path: str) -> None:
+    """Raises UserError for a row that the model has no positions for."""
+    lengths = objective.longest(table)
+    limit, longest = context_length(model_path), pc.max(lengths).as_py()
+    if limit and longest > limit:
+        name = _named(table, [lengths.to_pylist().index(longest)])
+        raise UserError(
+            f"row {name} has {longest} tokens, the model {model_path} positions for {limit}. Take it out, or take another model."
+        )
 
 
 def _named(table: pa.Table, indices: Sequence[int]) -> str:

@@ -27,10 +27,15 @@ class Sft(Objective):
         learnt = pc.subtract(pc.list_value_length(table["input_ids"]), table["prompt_length"])
         return pc.and_(pc.greater(learnt, 0), pc.greater(table["prompt_length"], 0))
 
+    @classmethod
+    def longest(cls, table: pa.Table) -> pa.ChunkedArray:
+        """Tokens of each row."""
+        return pc.list_value_length(table["input_ids"])
+
     @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens of each row."""
-        return list(pc.list_value_length(self.table["input_ids"]).to_pylist())
+        return list(self.longest(self.table).to_pylist())
 
     def batches(self, indices: Sequence[int], rank: int, ranks: int) -> list[MicroBatch]:
         """Rows, packed."""

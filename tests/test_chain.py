@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tasks.garbage import garbage
 from tasks.ledger import Ledger
 from tasks.policy import load_policy
 from tasks.store import Store
+from tasks.tombstones import delete_prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.chain]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do not import the tests
@@ -63,7 +65,7 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
         "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800},
         "judge": {"engine": engine, "k": 2, "temperature": 1.0},
         "select": {"threshold": 1},
-        "sft": {"epochs": 1, "rows_per_step": 16, "training": training},
+        "sft": {"epochs": 1, "rows_per_step": 16, "training": training, "development": {"every_steps": 1, "max_tokens": LIMIT}},
         "rl": {
             "steps": 2,
             "prompts_per_step": 4,
@@ -194,6 +196,21 @@ def test_the_dataset_opens_with_datasets_and_holds_no_policy(chain: dict[str, An
     assert rows.column_names == ["prompt_id", "category", "messages", "thought", "answer"]
     clauses = [clause.text for _, clause in load_policy(str(SPECS / "policies" / "base")).clauses.values()]
     assert not any(clause in json.dumps(row) for row in rows for clause in clauses)
+
+
+def test_sft_is_looked_at_on_the_development_split_and_the_best_step_is_kept(chain: dict[str, Any]) -> None:
+    (path,) = (chain["root"] / "checkpoints").glob("sft-*")
+    lines = [json.loads(line) for line in (path / "model" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]["development_over_refusal_before"] == 0
+    looks = [(line["development_format_adherence"], line["development_verdict_accuracy"]) for line in lines]
+    assert looks == [(1.0, 0.0)] * 2, "the script cites no verdict"
+    assert [line["development_best"] for line in lines] == [1, 1], "of two alike the first is kept"
+
+
+def test_the_report_shows_the_course_of_training(chain: dict[str, Any]) -> None:
+    report = (chain["folder"] / "report.md").read_text()
+    for name in ("sft", "rl"):
+        assert f"![{name}]({name}.png)" in report and (chain["folder"] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, Any]) -> None:
@@ -349,3 +366,42 @@ def test_a_restarted_engine_answers_with_the_weights_it_was_given(servers: None,
         (after,) = (done.result for done in fleet.map(PROBE_STAGE, [question]))
         assert before.token_ids == after.token_ids != untrained.token_ids
         assert psutil.wait_procs(family, timeout=60)[1] == [], "the dead engine left a process behind"
+
+
+@pytest.mark.soak
+def test_two_rounds_of_sft_rejection_sampling_and_dpo(servers: None, run_file: Path, scripted_model: str) -> None:
+    """A round's last checkpoint completes the prompts of the next; each stage begins where the one before it ended."""
+    from flows.factory import factory
+
+    stages_wanted = ["sft", "rejection", "dpo"]
+    changes = [f"train={stages_wanted}", "rounds=2", "generate.n=4", "select.pairs.margin=0.5", "dpo.rows_per_step=8"]
+    changes += [f"{stage}.training.learning_rate=1e-6" for stage in stages_wanted[1:]]
+    request = RunRequest(file=str(run_file), root=str(run_file.parent / "rounds"), changes=changes)
+    folder = Path(factory(request))
+    root, manifest = folder.parent.parent, json.loads((folder / "manifest.json").read_text())
+    checkpoints = [json.loads((root / path / "manifest.json").read_text()) for path in manifest["checkpoints"]]
+    datasets = [json.loads((root / path / "manifest.json").read_text()) for path in manifest["datasets"]]
+    assert [item["kind"] for item in checkpoints] == stages_wanted * 2 and len(datasets) == 2
+    for before, after in pairwise(checkpoints):
+        assert (after["provenance"]["start"], after["provenance"]["from"]) == (before["weights"], before["id"])
+    generators = [item["provenance"]["generator"] for item in datasets]
+    assert generators[1] == {"id": checkpoints[2]["id"], "revision": checkpoints[2]["weights"][:16]} != generators[0]
+    assert [item["provenance"]["dataset"].split("@")[1] for item in checkpoints] == [item["id"] for item in datasets for _ in stages_wanted]
+    assert all(item["preferences"] > 4 and item["spare"] > 4 for item in datasets) and datasets[1]["parent"] == datasets[0]["id"]
+    labels = [*stages_wanted, *(f"{stage}-2" for stage in stages_wanted)]
+    assert all((folder / f"{label}.png").exists() and f"eval-{label}" in manifest["stages"] for label in labels)
+    assert problems(str(root))[0] == []
+    counts = stages(Path(factory(request)))
+    assert all(counts[name].get("made", 0) == counts[name].get("trained", 0) == 0 for name in counts)
+    trained = {f"checkpoints/{item['id']}" for item in checkpoints}
+    assert trained <= set(delete_prompt(Store(str(root)), "sh-02-violation").holders), "every one of them learned from it"
+
+
+@pytest.mark.soak
+def test_a_sweep_compares_settings_on_the_development_split(chain: dict[str, Any], run_file: Path) -> None:
+    from flows.sweep import sweep
+
+    path = Path(sweep(RunRequest(file=str(run_file)), ["rows=4,12", "training.lora_rank=0,2"]))
+    table = [line.split("|")[1].strip() for line in path.read_text().splitlines() if line.startswith("|")]
+    assert table[2:] == ["base", *(f"rows={rows} lora_rank={rank}" for rows in (4, 12) for rank in (0, 2))]
+    assert "8 prompts of the development split" in path.read_text()
