@@ -25,7 +25,7 @@ from tasks.select import Candidates, SelectConfig, funnel, funnel_markdown, spar
 from tasks.store import Shard, Store
 from tasks.wanted import Wanted, places_among
 
-FILE_ROWS = 65536
+FILE_ROWS = 16384
 OPTIONAL = ("spare", "preferences")
 """Views that may be empty; then they have no file."""
 COMPLETED = [
@@ -191,7 +191,7 @@ def _preferences(
     chosen: npt.NDArray[np.int64],
     rejected: npt.NDArray[np.int64],
 ) -> pa.Table:
-    """The pairs of a part of the prompts, whose completions are `index`."""
+    """The pairs among the completions `index`."""
     rows = rows.append_column("key", keys).append_column("score", pa.array(scores, pa.float32()))
     sides = {"chosen": rows.take(places_among(index, chosen)), "rejected": rows.take(places_among(index, rejected))}
     columns = {name: sides["chosen"][name] for name in ("prompt_id", "category", "messages")}
@@ -200,7 +200,7 @@ def _preferences(
 
 
 def _files(views: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
-    """Joins the views of small parts, so that a file has about `FILE_ROWS` completions."""
+    """Joins the views of parts, so that a file has about `FILE_ROWS` completions."""
     waiting: list[dict[str, pa.Table]] = []
     for view in views:
         waiting.append(view)
