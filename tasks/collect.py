@@ -190,6 +190,7 @@ def _row(
         "rewards": rewards,
         "reward": sum(rewards) / len(rewards) if rewards else None,
         "rule_reward": ruled(answer, prompt.ideal_verdict, config.reward, prompt.category) if one.earns else FLOOR,
+        "held_out_verdicts": [verdict.raw for verdict in held_out],
         "held_out_reward": (sum(theirs) / len(theirs) if theirs else None) if one.earns else FLOOR,
         "quarantined": None if rewards else "no verdict could be parsed",
     }

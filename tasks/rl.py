@@ -91,8 +91,10 @@ def rl_loop(config: dict[str, Any]) -> None:
             rollouts.verify(step, metrics["rollout_mismatch"])
         metrics |= describe(rows) | seconds | {"step": step, "kl_weight": kl, "train_seconds": time.monotonic() - started}
         kl = _steered(kl, metrics.get("reference_kl"), settings.kl_target)
-        if step + 1 == settings.steps and job.source:
-            metrics["last_push_mismatch"] = rollouts.push(step + 1)
+        if step + 1 == settings.steps:
+            metrics["forward_kl"] = rollouts.forward_kl()
+            if job.source:
+                metrics["last_push_mismatch"] = rollouts.push(step + 1)
         if log:
             found = alarms([*log.lines, metrics])
             log.append(metrics | ({"alarms": [[alarm.name, alarm.text] for alarm in found]} if found else {}))
@@ -148,17 +150,14 @@ class Rollouts:
         if self._engine.rank == 0 and self._job.source:
             self._job.source.policy.load_weights(self._job.weights_file, version)
         rows = agreed(self._probe(version) if self._engine.rank == 0 else [])
-        engine, config = self._engine, self._job.config
-        batches = micro_batches(rows, config.training.micro_batch_tokens, engine.rank, engine.world_size)
-
-        def difference(scores: TokenScores, batch: MicroBatch) -> torch.Tensor:
-            return torch.stack([((scores.logp - batch.values["rollout"]).abs() * batch.mask).sum(), batch.mask.sum()]).double()
-
-        total = torch.stack(engine.evaluate(batches, difference, config.temperature)).sum(0)
-        dist.all_reduce(total)
-        mismatch = float(total[0] / total[1])
+        mismatch = _token_mean(self._engine, rows, self._job.config, lambda logp, drawn: (logp - drawn).abs())
         _verify_sync(mismatch, self._job.sync_tolerance, version)
         return mismatch
+
+    def forward_kl(self) -> float:
+        """KL of the policy to where RL began, in nats a token, on what it drew then: it foretells what is forgotten (arXiv 2509.04259)."""
+        rows = [_row(row["prompt_ids"], row["token_ids"], rollout=row["logprobs"]) for row in self._await(0)]
+        return _token_mean(self._engine, rows, self._job.config, lambda logp, drawn: drawn - logp)
 
     def _push(self, version: int, seconds: dict[str, float]) -> None:
         started = time.monotonic()
@@ -204,6 +203,20 @@ class Rollouts:
         ]
         drawn = [answer for done in source.policy.map(DRAW, shards) for answer in done.result]
         return [_row(answer.prompt_ids, answer.completion.token_ids, rollout=answer.completion.logprobs) for answer in drawn]
+
+
+def _token_mean(
+    engine: TrainingEngine, rows: list[Row], config: RlConfig, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> float:
+    """Mean over the learnt tokens of all rows of a measure of two log-probabilities: the trainer's and those that came with the rows."""
+    batches = micro_batches(rows, config.training.micro_batch_tokens, engine.rank, engine.world_size)
+
+    def sums(scores: TokenScores, batch: MicroBatch) -> torch.Tensor:
+        return torch.stack([(measure(scores.logp, batch.values["rollout"]) * batch.mask).sum(), batch.mask.sum()]).double()
+
+    total = torch.stack(engine.evaluate(batches, sums, config.temperature)).sum(0)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
 
 
 def _log(job: RlJob) -> Path:

@@ -183,6 +183,7 @@ ROLLOUTS = pa.schema(
         ("reward", pa.float32()),
         ("rule_reward", pa.float32()),
         ("held_out_reward", pa.float32()),
+        ("held_out_verdicts", pa.list_(pa.list_(pa.string()))),
         ("advantage", pa.float32()),
         ("drop_reason", pa.string()),
         ("quarantined", pa.string()),

@@ -220,6 +220,7 @@ def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, 
     assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
     assert [line.get("last_push_mismatch", 1.0) <= 5e-5 for line in lines] == [False, True]
     assert any(line["effective_groups"] for line in lines)
+    assert "forward_kl" not in lines[0] and abs(lines[1]["forward_kl"]) < 1e-3, "so small are its steps"
     weights = {json.loads(file.read_text())["weights"] for file in (chain["root"] / "checkpoints").glob("*/manifest.json")}
     assert len(weights) == 2
 

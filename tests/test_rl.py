@@ -1,15 +1,25 @@
 """RL without engines: the order of prompts, what a step's rows say, and the alarms."""
 
+import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from tasks.collect import NO_SPREAD, NOISE, PromptOrder, _weigh, effective_groups, trained
+from cluster.chat import Turn, chat_of
+from cluster.engine import Completion, Sampling
+from cluster.models import Model, resolve_model
+from tasks.collect import NO_SPREAD, NOISE, PromptOrder, Source, _row, _weigh, effective_groups, trained
+from tasks.judge import JudgeConfig
+from tasks.policy import load_policy, render
 from tasks.prompts import CELLS, Message, Prompt
+from tasks.rewards import FLOOR
 from tasks.rl import _steered
 from tasks.rl_config import RlConfig
 from tasks.rl_metrics import WINDOW, alarms, describe
+from tasks.rollout import DrawShard, blind_shards, draw, judge_blind
 
 PROMPTS = [
     Prompt(
@@ -67,6 +77,51 @@ def test_a_mix_weighs_the_cells() -> None:
         }
     with pytest.raises(ValueError, match="mix"):
         RlConfig.model_validate({"mix": {"harmful": 1}})
+
+
+# Rollouts
+
+
+CHAT = chat_of(resolve_model("default").path)
+TEXTS = [
+    ("<think>\nSo.\n</think>\nGood.", "stop"),
+    ("<think>\nSo.\n</think>\nGood", "length"),
+    ("<think>\nSo", "stop"),
+    ("Good.", "stop"),
+]
+
+
+@dataclass
+class Scripted:
+    """Draws the texts it is told to, in turn, and counts what it is asked to judge."""
+
+    texts: list[tuple[str, str]]
+    judged: list[Sequence[Turn]] = field(default_factory=list)
+
+    async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
+        if sampling.json_schema:
+            self.judged.append(turns)
+            return Completion("[5, 5, 5]", "stop", 1, 1, 0)
+        assert (sampling.temperature, sampling.grammar) == (1.0, None), "nothing but the temperature shapes what is drawn"
+        text, reason = self.texts.pop(0)
+        ids = CHAT.text(text)
+        return Completion(text, reason, 1, len(ids), 0, token_ids=ids, logprobs=[-0.5] * len(ids), prompt_ids=CHAT.prompt(turns))
+
+
+def test_a_rollout_that_was_cut_or_whose_thought_is_not_closed_gets_the_floor_and_no_judge_sees_it() -> None:
+    engine, prompt = Scripted(list(TEXTS)), PROMPTS[-1]
+    drawn = asyncio.run(draw(engine, DrawShard(str(CHAT.path), (prompt,), 4, 64, 1.0, 0)))
+    assert [one.earns for one in drawn] == [True, False, False, False]
+    spec, config = render(load_policy("specs/policies/base"), "violence"), JudgeConfig(k=2)
+    shards = blind_shards([one for one in drawn if one.earns], {prompt.id: prompt}, {"violence": spec}, config)
+    verdicts = [asyncio.run(judge_blind(engine, shard)) for shard in shards]
+    assert len(engine.judged) == 2 and "So." not in str(engine.judged)
+    fleet: Any = None
+    source = Source("job", "", RlConfig(), (prompt,), {"violence": spec}, fleet, fleet, Model("", "judge", "0"), config)
+    rows = [_row(source, 0, 0, 0, prompt, one, verdicts[0][0] if one.earns else [], []) for one in drawn]
+    assert [row["reward"] for row in rows] == [1.0, FLOOR, FLOOR, FLOOR]
+    assert [row["malformed"] for row in rows] == [None, None, "unterminated_thought", "no_thought"]
+    assert [row["token_ids"] for row in rows] == [CHAT.text(text) for text, _ in TEXTS], "what is learnt are the tokens that were drawn"
 
 
 # Metrics
