@@ -36,7 +36,7 @@ class RunConfig(Strict):
         "./out",
         min_length=1,
         title="Root",
-        description="Where everything is written: a directory, or s3://bucket/prefix for the flow regenerate.",
+        description="Where everything is written: a directory, or s3://bucket/prefix; then training works in SPECMILL_CACHE.",
     )
     lease_seconds: float = Field(
         30, gt=0, le=86400, title="Lease", description="A run whose ledger has not moved for so long is taken to be dead."

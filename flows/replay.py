@@ -1,5 +1,6 @@
 """`specmill replay`: trains once more from the rollouts that an RL checkpoint learnt from, without engines, and compares the losses."""
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 from cluster.errors import UserError
 from cluster.session import ray_session
 from flows.inspect import read_manifest
+from tasks import checkpoints
 from tasks.rl import RlJob, train_rl
 from tasks.rl_config import RlConfig
+from tasks.store import Store
 from tasks.training_log import read_lines
 
 TOLERANCE = 1e-6
@@ -31,20 +34,22 @@ class Replayed:
 
 def replay(path: str) -> list[Replayed]:
     """Every step of the RL checkpoint in the directory `path`. Raises UserError when it is none, or what it started from is gone."""
-    folder = Path(path).absolute()
     manifest = read_manifest(path)
     if manifest["kind"] != "rl":
         raise UserError(f"{path}: a {manifest['kind']} has no rollouts. Give the directory of an RL checkpoint, <root>/checkpoints/rl-...")
-    root, source = folder.parent.parent, manifest["provenance"]
+    source = manifest["provenance"]
     if not {"from", "sync_tolerance", "ranks", "gpus_per_rank"} <= set(source):
         raise UserError(f"{path}: an older version trained it, which did not write down what a replay needs.")
-    start = root / "checkpoints" / source["from"] / "model"
-    if not start.exists():
-        raise UserError(f"{start}: the checkpoint that RL started from is gone. The run's own command trains it anew.")
+    store = Store((path if "://" in path else os.path.abspath(path)).rstrip("/").rpartition("/checkpoints/")[0])
+    found = checkpoints.find(store, manifest["id"])
+    before = None if "from_model" in source else checkpoints.find(store, source["from"])
+    start = Path(before.model.path if before else source.get("from_model", ""))
+    if not found or not found.path or not (start / "config.json").exists():
+        raise UserError(f"{path}: this checkpoint, or the one that RL started from, is gone. The run's own command trains it anew.")
     config = RlConfig.model_validate(source["config"] | {name: source[name] for name in ("ranks", "gpus_per_rank")})
-    with tempfile.TemporaryDirectory(prefix="replay-", dir=root) as place:
+    with tempfile.TemporaryDirectory(prefix="replay-", dir=Path(found.path).parent) as place:
         job = RlJob(
-            root=str(root),
+            root=store.root,
             id=manifest["id"],
             start_path=str(start),
             output=f"{place}/model",
@@ -55,5 +60,5 @@ def replay(path: str) -> list[Replayed]:
         )
         with ray_session():
             train_rl(job, place)
-        lines = zip(read_lines(folder / "metrics.jsonl"), read_lines(Path(place) / "metrics.jsonl"), strict=True)
+        lines = zip(read_lines(Path(found.path) / "metrics.jsonl"), read_lines(Path(place) / "metrics.jsonl"), strict=True)
         return [Replayed(before["step"], before["loss"], now["loss"]) for before, now in lines]

@@ -24,6 +24,7 @@ from tasks.offline import Objective, train_offline
 from tasks.progress import Progress, say
 from tasks.sft import Sft
 from tasks.stage_config import OfflineConfig, StageConfig
+from tasks.store import Store
 from tasks.training_rows import preference_rows, training_rows
 
 
@@ -130,10 +131,11 @@ def _offline(
             run.start(run.policy_engine)
             engines = run.policy_engine.fleet()
             development = Development(config.development, prompts, run.policy, start.model.path, engines, str(weights))
-        shard = run.store.put_table(f"checkpoints/{id}/rows", table)
+        rows = Store(str(path))
+        shard = rows.put_table("rows", table)
         with Progress(kind, "steps") as progress:
-            rows, output = run.store.path(shard.path), str(path / "model")
-            metrics = train_offline(objective, rows, start.model.path, output, config, progress, development)
+            output = str(path / "model")
+            metrics = train_offline(objective, rows.path(shard.path), start.model.path, output, config, progress, development)
         weights.unlink(missing_ok=True)
         shutil.rmtree(path / ".training", ignore_errors=True)
         return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
@@ -166,6 +168,8 @@ def _trained(
             run.free_gpus(*keeps)
         say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
         metrics, origin = train(id, path)
+        if start.path is None:
+            origin["from_model"] = start.model.path
         origin |= {"from": start.id, "code": code_version(), "ranks": config.ranks, "gpus_per_rank": config.gpus_per_rank}
         return ckpt.finish(run.store, id, kind, recipe | origin, metrics)
 

@@ -14,7 +14,7 @@ from cluster.pool import Pool
 from cluster.session import ray_session
 from cluster.training import check_memory
 from flows.config import RunConfig, RunRequest, load_run
-from tasks.checkpoints import Checkpoint, directory
+from tasks.checkpoints import Checkpoint
 from tasks.complete import Request, requests
 from tasks.compose import plain_turns
 from tasks.dataset import Dataset
@@ -215,7 +215,7 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
     if config.evaluate.engine.remote:
         raise UserError("evaluate.engine.backend: an endpoint takes no weights, and RL and evaluation replace them by each checkpoint's.")
-    if generator.model.here and policy_engine.model != generator.model:
+    if config.generate.engine.backend == "vllm" and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
     held_out = Pool(config.rl.held_out) if config.rl.held_out and trains and "rl" in config.train else None
     for pool in (generator, judge, *([policy_engine] if trains else []), *([held_out] if held_out else [])):
@@ -272,9 +272,8 @@ def host_outside(engine: EngineConfig) -> str | None:
 
 
 def _check_training(run: Workspace) -> None:
-    """The same for training and evaluation: a directory to write to, prompts of the other splits, and room for them."""
+    """The same for training and evaluation: prompts of the other splits, and room for them and for the ranks."""
     config = run.config
-    directory(run.store, "")
     few = (
         "Add scenario groups, or name the `split` of some: by their names, of eight groups four go to SFT, one to RL, one to development, "
         "two to evaluation."

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import UserError
-from cluster.models import Model
+from cluster.models import Model, cache_dir
+from tasks.keys import digest
 from tasks.manifest import CHECKPOINT
-from tasks.store import Store
+from tasks.store import File, Missing, Store
 
 KEPT = ("model", "rows", "tensorboard", "metrics.jsonl")
 """What of a checkpoint's folder outlives its training."""
@@ -30,29 +31,40 @@ class Checkpoint:
 
 
 def directory(store: Store, id: str) -> Path:
-    """Where a checkpoint lies. Raises UserError for a root that is not a directory of this machine."""
-    if not store.local:
-        raise UserError(f"root {store.root!r}: training writes to local or shared directories only; give a directory as root.")
-    return Path(store.path(f"checkpoints/{id}"))
+    """Where a checkpoint lies while it is trained and used: under the root, or, if that is no directory, in the cache.
+
+    All nodes of a cluster have to see that place.
+    """
+    root = Path(store.base) if store.local else cache_dir() / "roots" / digest(store.root)[:16]
+    return root / "checkpoints" / id
 
 
 def find(store: Store, id: str) -> Checkpoint | None:
-    """A finished checkpoint whose model is all there; rows and curves are missed by `verify` alone."""
+    """A finished checkpoint whose model is all there; rows and curves are missed by `verify` alone. A remote one is fetched."""
     manifest = store.read_json(f"checkpoints/{id}/manifest.json", CHECKPOINT)
-    path = directory(store, id)
-    if manifest is None or not all((path / file["path"]).exists() for file in manifest["files"] if file["path"].startswith("model/")):
+    if manifest is None:
         return None
+    path = directory(store, id)
+    for file in manifest["files"]:
+        place = path / file["path"]
+        if not store.local and not (place.exists() and place.stat().st_size == file["bytes"]):
+            with suppress(Missing):
+                store.download(File(f"checkpoints/{id}/{file['path']}", file["bytes"], file["sha256"]), str(place))
+        if file["path"].startswith("model/") and not place.exists():
+            return None
     return _checkpoint(manifest, path, reused=True)
 
 
 def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics: dict[str, Any]) -> Checkpoint:
-    """Writes the manifest of a checkpoint whose model directory is complete. It names everything that is to be kept."""
+    """Writes the manifest of a checkpoint whose model directory is complete. It names everything that is to be kept, and comes last."""
     path = directory(store, id)
     files: list[dict[str, Any]] = []
     for file in sorted(file for name in KEPT for file in (path / name, *(path / name).rglob("*")) if file.is_file()):
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         files.append({"path": file.relative_to(path).as_posix(), "bytes": file.stat().st_size, "sha256": sha256})
+        if not store.local:
+            store.upload(f"checkpoints/{id}/{files[-1]['path']}", str(file))
     weights = hashlib.sha256(json.dumps([f for f in files if f["path"].endswith(".safetensors")]).encode()).hexdigest()
     manifest = {
         "version": 1,

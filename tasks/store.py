@@ -130,6 +130,26 @@ class Store:
         """Writes a file, all of it or nothing, over an older one."""
         self._write("replace", path, content)
 
+    def upload(self, path: str, source: str) -> None:
+        """Copies a file of this machine to a remote root, all of it or nothing, over an older one. It need not fit in memory."""
+        self._write("upload", path, source=source)
+
+    def download(self, file: File, target: str) -> None:
+        """Copies a file to this machine, all of it or nothing. Raises Missing, or Corrupt when its checksum differs."""
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        private = f"{target}.{uuid.uuid4().hex}"
+        try:
+            self._trying(lambda: self.fs.get_file(self.path(file.path), private), file.path)
+            with open(private, "rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+                    raise Corrupt(f"{self.path(file.path)}: checksum differs")
+            os.replace(private, target)
+        except FileNotFoundError:
+            raise Missing(f"{self.path(file.path)} is gone.") from None
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(private)
+
     def delete(self, path: str) -> None:
         """Removes a file; one that is gone already is fine."""
         with suppress(FileNotFoundError):
@@ -230,10 +250,10 @@ class Store:
             return f"{file.path}: checksum differs ({len(content)} bytes, expected {file.bytes})"
         return None
 
-    def _write(self, action: Literal["create", "replace", "delete"], path: str, content: bytes = b"") -> None:
+    def _write(self, action: Literal["create", "replace", "delete", "upload"], path: str, content: bytes = b"", source: str = "") -> None:
         """Every durable change passes here. Raises FileExistsError (create) and FileNotFoundError (delete)."""
         target = self.path(path)
-        if self.local:
+        if self.local and action != "upload":
             try:
                 _write_file(action, target, content)
             except OSError as error:
@@ -244,6 +264,8 @@ class Store:
                 raise
         elif action == "delete":
             self._trying(lambda: self.fs.rm_file(target), path)
+        elif action == "upload":
+            self._trying(lambda: self.fs.put_file(source, target), path)
         elif action == "replace":
             self._trying(lambda: self.fs.pipe_file(target, content), path)
         else:

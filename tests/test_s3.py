@@ -3,6 +3,7 @@
 Nothing here is a stand-in but the address: credentials, conditional writes, checksums and restarts are the server's own.
 """
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from faulty_proxy import Proxy, faulty_proxy, reset, status
 from s3_server import KEY, SECRET, S3Server
 
 from cluster.errors import UserError
+from cluster.models import weights_digest
 from flows.inspect import problems
 from tasks import store as store_module
 from tasks.ledger import Ledger
@@ -220,3 +222,38 @@ def test_a_run_lives_through_a_restart_of_its_store_and_stops_when_it_is_dead(
     assert dataset.manifest["balance"]["completions"] == 112
     assert committed() == 112, "what was committed before the store died was not made again"
     assert problems(root)[0] == []
+
+
+@pytest.mark.soak
+def test_a_checkpoint_of_a_remote_root_is_reused_where_nothing_of_it_is(
+    root: str, servers: None, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT with a root on S3: trained in the cache, kept in the store, and fetched from there by a machine with an empty cache."""
+    from flows.config import RunRequest
+    from flows.train import train
+
+    monkeypatch.setenv("SPECMILL_CACHE", str(tmp_path / "cache"))
+    engine = {"backend": "fake", "engines": 2}
+    served = {"backend": "vllm", "model": tiny_model, "dtype": "float32", "max_model_len": 2048, "kv_cache_gib": 0.25}
+    content = {
+        "version": 1,
+        "name": "s3-training",
+        "root": root,
+        "policy": str(SPECS / "policies" / "base"),
+        "prompts": str(SPECS / "prompts"),
+        "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800},
+        "judge": {"engine": engine, "k": 1},
+        "select": {"threshold": 3},
+        "train": ["sft"],
+        "sft": {"epochs": 1, "rows_per_step": 64},
+        "evaluate": {"engine": served},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    request = RunRequest(file=str(file))
+    (trained,) = train(request)
+    assert not trained.reused and problems(root)[0] == []
+    shutil.rmtree(tmp_path / "cache")
+    (found,) = train(request)
+    assert found.reused and (found.weights, found.id) == (trained.weights, trained.id)
+    assert weights_digest(Path(found.model.path)) and (Path(found.model.path) / "tokenizer.json").exists()
