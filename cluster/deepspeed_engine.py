@@ -95,9 +95,9 @@ class TrainingEngine:
         """One optimiser step over this rank's micro-batches (equally many on every rank; dummies have an all-zero mask).
 
         `loss_fn(scores, micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all micro-batches of all
-        ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks. Returns those means with `tokens`
-        (N_global), `gradient_norm` and `learning_rate`, the same on every rank. Raises Diverged, on every rank, when the loss is no number,
-        with the weights as they were, or when the gradient is none; then nothing of this engine is worth keeping.
+        ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks. Returns those means with `weight`
+        (N_global, the sum of the masks), `gradient_norm` and `learning_rate`, the same on every rank. Raises Diverged, on every rank, when
+        the loss is no number, with the weights as they were, or when the gradient is none; then nothing of this engine is worth keeping.
         """
         tokens = self._count_tokens(micro_batches)
         learning_rate = self._engine.get_lr()[0]
@@ -119,7 +119,7 @@ class TrainingEngine:
         norm = float(self._engine.get_global_grad_norm() or 0.0)  # None at ZeRO-0
         if not math.isfinite(norm):
             raise Diverged(f"the gradient's norm became {norm}; lower training.learning_rate or use float32.")
-        return {**metrics, "tokens": tokens, "gradient_norm": norm, "learning_rate": learning_rate}
+        return {**metrics, "weight": tokens, "gradient_norm": norm, "learning_rate": learning_rate}
 
     def evaluate(
         self,

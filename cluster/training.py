@@ -128,7 +128,7 @@ def check_memory(model_path: str, workers: WorkersConfig, training: TrainingConf
 
 
 def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any]) -> None:
-    """A barrier of all ranks; stores a checkpoint of the engine and of `state` (small JSON) with rank 0's metrics."""
+    """Stores a checkpoint of the engine and of `state` (small JSON) with rank 0's metrics. All ranks call it together."""
     import ray.train
 
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:

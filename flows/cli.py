@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -63,8 +63,11 @@ def run(
     _run(request, start, trains=flow != "regenerate")
 
 
-def _run(request: "RunRequest", start: Callable[[], object], trains: bool) -> None:
-    """Checks everything, then starts a flow. Prefect's environment is set before flows are imported, which is when it is read."""
+def _run(request: "RunRequest", start: Callable[[], object], trains: bool, checked: Sequence["RunRequest"] = ()) -> None:
+    """Checks everything, the requests `checked` too, then starts a flow.
+
+    Prefect's environment is set before flows are imported, which is when it is read.
+    """
     from flows.config import load_run
     from tasks.store import Store
 
@@ -74,7 +77,8 @@ def _run(request: "RunRequest", start: Callable[[], object], trains: bool) -> No
     from flows.workspace import prepare
     from tasks.progress import say
 
-    prepare(request, trains=trains).check_keys()
+    for each in (*checked, request):
+        prepare(each, trains=trains).check_keys()
     say("starting Prefect and Ray" if "PREFECT_API_URL" not in os.environ else "starting Ray")
     interrupted = threading.Event()
     try:
@@ -98,18 +102,17 @@ def sweep(
 
     Worth varying: training.learning_rate, rows, epochs, training.lora_rank, capability_ratio.
     """
-    from flows.config import RunRequest, load_run, variants
+    from flows.config import RunRequest, variants
 
     request = RunRequest(file=file, root=root, changes=set_ or [])
-    for changes in variants("sft", vary):
-        load_run(request.model_copy(update={"changes": [*request.changes, *changes]}))
+    checked = [request.model_copy(update={"changes": [*request.changes, *changes, "train=[sft]"]}) for changes in variants("sft", vary)]
 
     def start() -> None:
         from flows.sweep import sweep as flow
 
         flow(request, vary)
 
-    _run(request, start, trains=True)
+    _run(request, start, trains=True, checked=checked)
 
 
 @app.command()
@@ -124,7 +127,10 @@ def plan(
     from flows.plan import plan as make_plan
     from flows.workspace import prepare
 
-    typer.echo(describe_plan(*make_plan(prepare(RunRequest(file=file, root=root, changes=set_ or []), trains=False))))
+    workspace = prepare(RunRequest(file=file, root=root, changes=set_ or []), trains=False)
+    typer.echo(describe_plan(*make_plan(workspace)))
+    if workspace.config.rounds > 1:
+        typer.echo(f"rounds 2 to {workspace.config.rounds}: not known yet, a checkpoint that is still to be trained completes the prompts")
 
 
 @app.command()

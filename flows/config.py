@@ -96,6 +96,8 @@ class RunConfig(Strict):
             raise ValueError(f"train: {', '.join(sorted(twice))} is there twice; `rounds` repeats all stages")
         if "dpo" in self.train and self.generate.n < 2:
             raise ValueError("train: dpo compares the samples of a prompt; generate.n has to be 2 or more")
+        if "dpo" in self.train and not self.select.pairs.per_prompt:
+            raise ValueError("train: dpo learns from pairs; select.pairs.per_prompt has to be 1 or more")
         if self.rounds > 1 and self.generate.engine.backend != "vllm":
             raise ValueError("rounds: from the second one on a checkpoint is the generator, which needs engines of `backend: vllm`")
         return self

@@ -91,10 +91,12 @@ class Lines:
         """Tells what was wanted, reused and made."""
         drawn, judged = self.drawn, self.judged
         lost_completions, lost_judgements = self.lost
-        self.run.note("complete", wanted=self.reused + drawn.made, reused=self.reused, made=drawn.made, lost_shards=lost_completions)
+        self.run.note(
+            self.run.label("complete"), wanted=self.reused + drawn.made, reused=self.reused, made=drawn.made, lost_shards=lost_completions
+        )
         verdicts = self.passed * self.run.config.judge.k
         self.run.note(
-            "judge",
+            self.run.label("judge"),
             wanted=verdicts,
             reused=verdicts - judged.asked - self.settled,
             made=judged.made,

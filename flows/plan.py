@@ -97,10 +97,10 @@ def _leaving(run: Workspace, lines: list[Line]) -> list[Leaving]:
     for stage, engine in (("complete", run.config.generate.engine), ("judge", run.config.judge.engine)):
         rows = Counter({line.category: line.to_do for line in lines if line.stage == stage})
         sent.append((stage, "{} rows", host_outside(engine), rows))
-    judge, rl = run.config.judge.engine, run.config.rl
+    judge, rl, trains_rl = run.config.judge.engine, run.config.rl, "rl" in run.config.train
     shown: list[tuple[str, Split, EngineConfig | None]] = [
-        ("train", "rl", judge if rl.asks_judge else None),
-        ("train", "rl", rl.held_out),
+        ("train", "rl", judge if rl.asks_judge and trains_rl else None),
+        ("train", "rl", rl.held_out if trains_rl else None),
         ("evaluate", "eval", judge),
     ]
     for flow, split, reader in shown:

@@ -5,6 +5,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from cluster.errors import UserError
 from cluster.session import ray_session
 from flows.inspect import read_manifest
@@ -13,6 +15,7 @@ from tasks.rl import RlJob, train_rl
 from tasks.rl_config import RlConfig
 from tasks.store import Store
 from tasks.training_log import read_lines
+from tasks.validation import describe
 
 TOLERANCE = 1e-6
 """Largest difference of a loss, relative to the larger of it and 1, on the kind of machine that trained."""
@@ -46,7 +49,10 @@ def replay(path: str) -> list[Replayed]:
     start = Path(before.model.path if before else source.get("from_model", ""))
     if not found or not found.path or not (start / "config.json").exists():
         raise UserError(f"{path}: this checkpoint, or the one that RL started from, is gone. The run's own command trains it anew.")
-    config = RlConfig.model_validate(source["config"] | {name: source[name] for name in ("ranks", "gpus_per_rank")})
+    try:
+        config = RlConfig.model_validate(source["config"] | {name: source[name] for name in ("ranks", "gpus_per_rank")})
+    except ValidationError as error:
+        raise UserError(f"{path}: an older version trained it: {'; '.join(describe(error, 'config'))}") from error
     with tempfile.TemporaryDirectory(prefix="replay-", dir=Path(found.path).parent) as place:
         job = RlJob(
             root=store.root,

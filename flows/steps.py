@@ -12,7 +12,7 @@ from flows.lines import Lines
 from flows.workspace import Workspace, survey
 from tasks import complete, evaluate, judge
 from tasks.checkpoints import Checkpoint
-from tasks.dataset import OPTIONAL, Dataset, candidates, publish
+from tasks.dataset import OPTIONAL, Dataset, Selection, candidates, publish
 from tasks.evaluate import Evaluation
 from tasks.keys import code_version, digest
 from tasks.ledger import Ledger
@@ -56,12 +56,11 @@ def select_step(run: Workspace) -> Dataset:
     kept = dataset.manifest["rows"]
     categories = sum("kept" in counts for counts in table.values())
     runs = int((wanted.scores != NOT_JUDGED).sum())
-    run.cost = cost_per_kept([(completions.state, len(wanted)), (judgements.state, runs)], kept)
+    cost = cost_per_kept([(completions.state, len(wanted)), (judgements.state, runs)], kept)
     agreed = wanted.agreement(run.config.judge, run.limits)
-    run.agreement = agreed.as_json()
+    run.selections.append(Selection(dataset, cost, agreed.as_json()))
     more = {view: dataset.manifest[view] for view in OPTIONAL}
-    run.note("select", completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories, **more)
-    run.datasets.append(dataset)
+    run.note(run.label("select"), completions=len(wanted), kept=kept, dropped=len(wanted) - kept, categories=categories, **more)
     if run.config.judge.k > 1 and agreed.total:
         say(f"  judge      all {run.config.judge.k} runs agree to keep or to drop on {agreed.count} of {agreed.total} audited completions")
     return dataset
@@ -103,17 +102,17 @@ def report_step(run: Workspace, evaluations: list[Evaluation]) -> str:
         "kind": "run",
         "id": run.run_id,
         "identity": run.identity,
-        "datasets": [dataset.path for dataset in run.datasets],
+        "datasets": [selection.dataset.path for selection in run.selections],
         "checkpoints": [f"checkpoints/{checkpoint.id}" for checkpoint in run.checkpoints],
         "evaluations": [f"evaluations/{evaluation.id}" for evaluation in evaluations],
         "stages": run.notes,
         "speeds": run.speeds,
-        "cost": run.cost,
-        "agreement": run.agreement,
+        "cost": [selection.cost for selection in run.selections],
+        "agreement": [selection.agreement for selection in run.selections],
         "quarantined": run.prompts.manifest["quarantined"],
-        "provenance": _provenance(run) | {"parameters": run.config.parameters()},
+        "provenance": run.selections[0].dataset.manifest["provenance"] | {"parameters": run.config.parameters(), "code": code_version()},
     }
-    return write_report(run.store, manifest, run.datasets, run.checkpoints, evaluations)
+    return write_report(run.store, manifest, run.selections, run.checkpoints, evaluations)
 
 
 def _provenance(run: Workspace) -> dict[str, Any]:

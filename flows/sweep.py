@@ -22,9 +22,7 @@ def sweep(request: RunRequest, vary: list[str]) -> str:
     vary: fields of `sft` with their values, such as `training.learning_rate=1e-5,1e-4`.
     """
     configs = {
-        " ".join(change.rpartition(".")[2] for change in changes): load_run(
-            request.model_copy(update={"changes": [*request.changes, *changes]})
-        )
+        " ".join(_short(change) for change in changes): load_run(request.model_copy(update={"changes": [*request.changes, *changes]}))
         for changes in variants("sft", vary)
     }
     with opened(request) as run:
@@ -38,8 +36,14 @@ def sweep(request: RunRequest, vary: list[str]) -> str:
             evaluations.append(evaluate_step(run, replace(checkpoint, label=label), "dev"))
         table = comparison(evaluations, across=False)
         say(f"\n{table}\n")
-        path = f"runs/sweep-{digest([dataset.version, sorted(configs)])[:10]}.md"
+        path = f"runs/sweep-{digest([dataset.version, [evaluation.id for evaluation in evaluations]])[:10]}.md"
         title = f"# Sweep over {dataset.name}@{dataset.version}\n\nShare of the {run.prompts.size('dev')} prompts of the development split."
         run.store.replace(path, f"{title}\n\n{table}\n".encode())
         say(f"  sweep      {run.store.path(path)}")
         return run.store.path(path)
+
+
+def _short(change: str) -> str:
+    """The last part of a field's name, and its value."""
+    name, _, value = change.partition("=")
+    return f"{name.rpartition('.')[2]}={value}"

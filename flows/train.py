@@ -10,6 +10,7 @@ from flows.steps import base_checkpoint
 from flows.training_steps import STAGES
 from flows.workspace import opened
 from tasks.checkpoints import Checkpoint
+from tasks.preferences import require_pairs
 
 
 @flow(name="train", description="SFT, rejection sampling, DPO and RL as the run file says. Finished checkpoints are reused.")
@@ -24,6 +25,8 @@ def train(request: RunRequest) -> list[Checkpoint]:
             if number > 1:
                 run.begin_round(number, last)
             dataset = run.dataset or regenerate(request)
+            if "dpo" in run.config.train:
+                require_pairs(dataset.manifest, run.config.select.pairs)
             for stage in run.config.train:
                 found = STAGES[stage](run, dataset, last)
                 last = replace(found, label=run.label(stage))

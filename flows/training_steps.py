@@ -33,7 +33,7 @@ def sft_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
     """Supervised fine-tuning on the rows that were selected, mixed with capability rows."""
     config = run.config.sft
     table = training_rows(run.store, dataset.files("data"), run.prompts.capability, chat_of(start.model.path), config)
-    return _offline(run, "sft", Sft, config, dataset, table, start)
+    return _offline(run, "sft", Sft, config, dataset, table, start, capability=_capability_rows(table))
 
 
 @task(name="rejection", cache_policy=NO_CACHE)
@@ -41,7 +41,7 @@ def rejection_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Check
     """The same on all rows that passed the threshold: rejection sampling."""
     config, files = run.config.rejection, [*dataset.files("data"), *dataset.files("spare")]
     table = training_rows(run.store, files, run.prompts.capability, chat_of(start.model.path), config)
-    return _offline(run, "rejection", Sft, config, dataset, table, start)
+    return _offline(run, "rejection", Sft, config, dataset, table, start, capability=_capability_rows(table))
 
 
 @task(name="dpo", cache_policy=NO_CACHE)
@@ -92,13 +92,16 @@ def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
         )
         with Progress("rl", "steps") as progress:
             metrics = rl.train_rl(job, str(path), progress)
-        (path / "weights.safetensors").unlink(missing_ok=True)
-        shutil.rmtree(path / "train", ignore_errors=True)
         return metrics, {"sync_tolerance": job.sync_tolerance}
 
     found = _trained(run, "rl", recipe, config.rl, start, train, keeps=(run.policy_engine, *judges))
-    run.note("rl", steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
+    run.note(run.label("rl"), steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
     return found
+
+
+def _capability_rows(table: pa.Table) -> int:
+    """Rows of capability in a table of training rows: those whose name is no prompt's with a number."""
+    return sum("/" not in name for name in table["row_id"].to_pylist())
 
 
 STAGES: dict[str, Callable[[Workspace, Dataset, Checkpoint], Checkpoint]] = {
@@ -118,6 +121,7 @@ def _offline(
     dataset: Dataset,
     table: pa.Table,
     start: Checkpoint,
+    **counts: int,
 ) -> Checkpoint:
     """A checkpoint that was trained on rows of the dataset, which are written beside it."""
     recipe = {"start": start.weights, "rows": digest(table.to_pylist()), "config": config.recipe()}
@@ -126,22 +130,20 @@ def _offline(
         recipe["development"] = digest([prompt.model_dump() for prompt in prompts])
 
     def train(id: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        development, weights = None, path / "weights.safetensors"
+        development = None
         if config.development:
             run.start(run.policy_engine)
             engines = run.policy_engine.fleet()
-            development = Development(config.development, prompts, run.policy, start.model.path, engines, str(weights))
+            development = Development(config.development, prompts, run.policy, start.model.path, engines, str(path / "weights.safetensors"))
         rows = Store(str(path))
         shard = rows.put_table("rows", table)
         with Progress(kind, "steps") as progress:
             output = str(path / "model")
             metrics = train_offline(objective, rows.path(shard.path), start.model.path, output, config, progress, development)
-        weights.unlink(missing_ok=True)
-        shutil.rmtree(path / ".training", ignore_errors=True)
         return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
 
     found = _trained(run, kind, recipe, config, start, train, keeps=(run.policy_engine,) if prompts else ())
-    run.note(kind, rows=table.num_rows, reused=int(found.reused), trained=int(not found.reused))
+    run.note(run.label(kind), rows=table.num_rows, **counts, reused=int(found.reused), trained=int(not found.reused))
     return found
 
 
@@ -156,13 +158,12 @@ def _trained(
 ) -> Checkpoint:
     """The checkpoint of a recipe, found or trained. `train` gets its id and folder and returns its last metrics and more of its origin.
 
-    A model that was not finished is removed; the state of its training stays, so that it can go on. `keeps`: pools that training needs.
+    The state of its training stays until the checkpoint is finished, so that it can go on. `keeps`: pools that training needs.
     """
     id = f"{kind}-{digest(recipe)[:12]}"
 
     def make() -> Checkpoint:
         path = ckpt.directory(run.store, id)
-        shutil.rmtree(path / "model", ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         if config.gpus_per_rank:
             run.free_gpus(*keeps)
@@ -171,6 +172,10 @@ def _trained(
         if start.path is None:
             origin["from_model"] = start.model.path
         origin |= {"from": start.id, "code": code_version(), "ranks": config.ranks, "gpus_per_rank": config.gpus_per_rank}
-        return ckpt.finish(run.store, id, kind, recipe | origin, metrics)
+        finished = ckpt.finish(run.store, id, kind, recipe | origin, metrics)
+        (path / "weights.safetensors").unlink(missing_ok=True)
+        for state in (".training", "train"):
+            shutil.rmtree(path / state, ignore_errors=True)
+        return finished
 
     return made_once(run, f"checkpoints/{id}", lambda: ckpt.find(run.store, id), make)

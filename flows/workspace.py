@@ -17,7 +17,7 @@ from flows.config import RunConfig, RunRequest, load_run
 from tasks.checkpoints import Checkpoint
 from tasks.complete import Request, requests
 from tasks.compose import plain_turns
-from tasks.dataset import Dataset
+from tasks.dataset import Dataset, Selection
 from tasks.gates import Gates
 from tasks.judge import JudgementShard, judge_hash
 from tasks.keys import digest
@@ -49,7 +49,8 @@ class Workspace:
     held_out: Pool | None = None
     """The judge that rewards nothing, if RL is to have one."""
     dataset: Dataset | None = None
-    datasets: list[Dataset] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
+    """Of each round."""
     checkpoints: list[Checkpoint] = field(default_factory=list)
     round: int = 1
     engines: ExitStack = field(default_factory=ExitStack)
@@ -58,17 +59,13 @@ class Workspace:
     """Stage -> what was reused, made, lost and quarantined in this invocation."""
     speeds: dict[str, dict[str, float]] = field(default_factory=dict)
     """Stage -> how fast it was in this invocation."""
-    cost: dict[str, float] = field(default_factory=dict)
-    """What a kept row costs, everything that was dropped for it included."""
-    agreement: dict[str, float | int | None] = field(default_factory=dict)
-    """On how many audited completions all runs of the judge agree to keep or to drop, as a proportion."""
     _splits: dict[Split, list[Prompt]] = field(default_factory=dict)
     _requests: dict[Model, dict[str, Request]] = field(default_factory=dict)
 
     def begin_round(self, number: int, checkpoint: Checkpoint) -> None:
-        """From now on a checkpoint completes the prompts. What judges stays what it was; all other engines give their memory back."""
+        """From now on a checkpoint completes the prompts. What judges stays what it was; engines give their memory back."""
         for pool in self.pools:
-            if pool is not self.judge:
+            if pool is not self.judge or not self.config.judge.overlap:
                 pool.close()
         self.round, self.dataset = number, None
         self.generator = self.engines.enter_context(Pool(self.config.generate.engine, model=checkpoint.model))
@@ -183,7 +180,7 @@ class Workspace:
 
     def note(self, stage: str, **counts: int) -> None:
         """Remembers and tells what a stage did."""
-        self.notes[stage := self.label(stage)] = counts
+        self.notes[stage] = counts
         say(f"  {stage:<10} " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
@@ -221,6 +218,9 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     for pool in (generator, judge, *([policy_engine] if trains else []), *([held_out] if held_out else [])):
         pool.model  # noqa: B018  (raises when there is no such model)
         pool.check_memory()
+    if config.rounds > 1 and config.judge.overlap and trains and judge is generator:
+        engine = config.generate.engine  # from the second round on a pool of their own judges
+        Pool(engine.model_copy(update={"engines": 2 * engine.engines})).check_memory()
     workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
     _check(workspace)
     if trains:

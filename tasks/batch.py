@@ -37,7 +37,7 @@ class MicroBatch:
     learnt: int64 [L], the positions that predict a learnt token; only their logits are computed.
     targets: int64 [L], the tokens that they predict. values: float32 [L] each. row: int64 [L], the row that they belong to.
     mask: float32 [L], the loss weight of each prediction: 1, and 0 in a dummy. In a batch of pairs the weight of a pair lies on the
-    first prediction of its first row. members: which of the rows (or pairs) that were given are in it.
+    first prediction of its first row. members: which of the pairs that were given are in it.
     """
 
     input_ids: Tensor
@@ -119,8 +119,7 @@ def micro_batches(rows: Sequence[Row], token_budget: int, rank: int, ranks: int)
     """This rank's share of a step's rows, packed. Every rank passes the same rows."""
     names = sorted(rows[0].values) if rows else []
     plan = assign([len(row.input_ids) for row in rows], token_budget, ranks)[rank]
-    packed = [pack([rows[index] for index in indices]) if indices else dummy(names) for indices in plan]
-    return [replace(batch, members=tuple(indices)) for batch, indices in zip(packed, plan, strict=True)]
+    return [pack([rows[index] for index in indices]) if indices else dummy(names) for indices in plan]
 
 
 def pair_batches(pairs: Sequence[tuple[Row, Row]], token_budget: int, rank: int, ranks: int) -> list[MicroBatch]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def find(store: Store, id: str) -> Checkpoint | None:
     path = directory(store, id)
     for file in manifest["files"]:
         place = path / file["path"]
-        if not store.local and not (place.exists() and place.stat().st_size == file["bytes"]):
+        if not store.local and not (place.exists() and _sha256(place) == file["sha256"]):
             with suppress(Missing):
                 store.download(File(f"checkpoints/{id}/{file['path']}", file["bytes"], file["sha256"]), str(place))
         if file["path"].startswith("model/") and not place.exists():
@@ -60,9 +61,7 @@ def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics
     path = directory(store, id)
     files: list[dict[str, Any]] = []
     for file in sorted(file for name in KEPT for file in (path / name, *(path / name).rglob("*")) if file.is_file()):
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        files.append({"path": file.relative_to(path).as_posix(), "bytes": file.stat().st_size, "sha256": sha256})
+        files.append({"path": file.relative_to(path).as_posix(), "bytes": file.stat().st_size, "sha256": _sha256(file)})
         if not store.local:
             store.upload(f"checkpoints/{id}/{files[-1]['path']}", str(file))
     weights = hashlib.sha256(json.dumps([f for f in files if f["path"].endswith(".safetensors")]).encode()).hexdigest()
@@ -77,6 +76,18 @@ def finish(store: Store, id: str, kind: str, provenance: dict[str, Any], metrics
     }
     store.replace(f"checkpoints/{id}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     return _checkpoint(manifest, path, reused=False)
+
+
+def _sha256(file: Path) -> str:
+    about = file.stat()
+    return _digest_of(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    """Read once per process, unless a file's size or time changes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _checkpoint(manifest: dict[str, Any], path: Path, reused: bool) -> Checkpoint:

@@ -53,6 +53,16 @@ class Dataset:
         return [f"{self.path}/{file['path']}" for file in self.manifest["files"] if file["path"].startswith(f"{view}/")]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a round selected: the dataset, what a kept row costs with everything that was dropped for it, and on how many audited
+    completions all runs of the judge agree to keep or to drop."""
+
+    dataset: Dataset
+    cost: dict[str, float]
+    agreement: dict[str, float | int | None]
+
+
 def candidates(wanted: Wanted) -> Candidates:
     """The completions of a run before the selection. Raises SpecmillError when one is not there."""
     absent = int((~wanted.made).sum())

@@ -4,7 +4,11 @@ The look that is best by the configured measure is kept, unless the model has be
 can do that, and the loss does not show it.
 """
 
+import json
+import os
 import shutil
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +44,17 @@ class Development:
     def look(self, engine: "TrainingEngine", version: int) -> dict[str, float]:
         """Shares of the prompts, by measure; those that no prompt counts for are left out. All ranks call it together."""
         write_weights(self.weights_file, engine.named_weights(), engine.rank)
-        return agreed(self._answered(version) if engine.rank == 0 else {})
+        file = Path(self.weights_file).with_name(agreed(f"look-{uuid.uuid4().hex}.json"))
+        if engine.rank == 0:
+            file.with_suffix(".part").write_text(json.dumps(self._answered(version)))
+            file.with_suffix(".part").rename(file)
+        while not file.exists():  # a collective would time out while engines draw
+            time.sleep(1)
+        found: dict[str, float] = json.loads(file.read_text())
+        agreed(None)
+        if engine.rank == 0:
+            file.unlink()
+        return found
 
     def _answered(self, version: int) -> dict[str, float]:
         config = self.config
@@ -70,6 +84,8 @@ class Watch:
 
     def __init__(self, development: Development, run: Path, state: dict[str, Any] | None) -> None:
         self._development, self._run = development, run
+        self._before = 0
+        """The best step when the checkpoint before was taken."""
         self._best = Best(**state) if state else None
 
     @property
@@ -104,7 +120,7 @@ class Watch:
         return _named(found) | {"development_best": best.step}
 
     def publish(self, engine: "TrainingEngine", output: Path, beside: Sequence[Path]) -> None:
-        """Moves the best weights to where they are expected. Raises UserError when over-refusal let none be kept."""
+        """Puts the best weights where they are expected. Raises UserError when over-refusal let none be kept."""
         assert self._best
         if not self._best.step:
             raise UserError(
@@ -113,17 +129,23 @@ class Watch:
             )
         kept = self._kept(self._best.step)
         if engine.rank == 0:
+            # what is kept stays where it is: whoever dies from here on has it again
+            work = output.with_name(f".{output.name}-{kept.name}")
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.copytree(kept, work, copy_function=os.link)
             for file in beside:
-                shutil.copyfile(file, kept / file.name)
+                shutil.copyfile(file, work / file.name)
             shutil.rmtree(output, ignore_errors=True)
-            kept.rename(output)
+            work.rename(output)
         agreed(None)
 
     def forget(self, engine: "TrainingEngine") -> None:
-        """Removes the weights of earlier looks, when a checkpoint names the best one: until then training may go back to before it."""
+        """Removes the weights that neither this checkpoint nor the one before names: training may go back to either of them."""
         assert self._best
+        needed = {self._kept(self._best.step), self._kept(self._before)}
+        self._before = self._best.step
         for folder in self._run.glob(self._kept("*").name) if engine.rank == 0 else ():
-            if folder != self._kept(self._best.step):
+            if folder not in needed:
                 shutil.rmtree(folder)
 
     def _kept(self, steps: int | str) -> Path:

@@ -17,6 +17,7 @@ from cluster.training import agreed
 from tasks.batch import MicroBatch, Row, pair_batches
 from tasks.losses import TokenLoss, dpo, row_sums
 from tasks.offline import Objective
+from tasks.preferences import NO_PAIRS
 from tasks.stage_config import DpoConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Dpo(Objective):
     """Rows of `tables.PREFERENCE_ROWS`: the token ids of two completions of a prompt, the prompt's included, and its length."""
 
     name = "dpo"
+    remedy = NO_PAIRS
     columns = ("chosen_ids", "rejected_ids", "prompt_length")
     config: DpoConfig
 
@@ -92,15 +94,16 @@ class Dpo(Objective):
         """Pair -> log-probabilities of both completions, on every rank."""
         import torch.distributed as dist
 
-        batches = self.batches(range(self.table.num_rows), engine.rank, engine.world_size)
-
         def sums(scores: "TokenScores", batch: MicroBatch) -> "torch.Tensor":
             return row_sums(scores.logp.double(), batch.row)
 
         ours: dict[int, tuple[float, float]] = {}
-        for batch, values in zip(batches, engine.evaluate(batches, sums), strict=True):
-            if batch.members:
-                ours |= dict(zip(batch.members, values.reshape(-1, 2).tolist(), strict=True))
+        count, size = self.table.num_rows, self.config.rows_per_step
+        for first in range(0, count, size):  # not all pairs at once
+            batches = self.batches(range(first, min(first + size, count)), engine.rank, engine.world_size)
+            for batch, values in zip(batches, engine.evaluate(batches, sums), strict=True):
+                if batch.members:
+                    ours |= {first + member: pair for member, pair in zip(batch.members, values.reshape(-1, 2).tolist(), strict=True)}
         everybodys: list[Any] = [None] * engine.world_size
         dist.all_gather_object(everybodys, ours)
         return {index: pair for part in everybodys for index, pair in part.items()}

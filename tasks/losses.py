@@ -29,9 +29,9 @@ class TokenLoss:
 def nll(scores: TokenScores, mask: Tensor) -> TokenLoss:
     """Negative log-likelihood of the learnt tokens: scores and mask [L].
 
-    The statistic `accuracy` is the share of learnt tokens that are the model's first choice.
+    The statistic `token_accuracy` is the share of learnt tokens that are the model's first choice.
     """
-    return TokenLoss(_where(mask, -scores.logp), {"accuracy": _where(mask, scores.top), "entropy": _where(mask, scores.entropy)})
+    return TokenLoss(_where(mask, -scores.logp), {"token_accuracy": _where(mask, scores.top), "entropy": _where(mask, scores.entropy)})
 
 
 def dpo(logp: Tensor, reference_logp: Tensor, row: Tensor, mask: Tensor, beta: float, nll_weight: float = 0.0) -> TokenLoss:
@@ -41,18 +41,18 @@ def dpo(logp: Tensor, reference_logp: Tensor, row: Tensor, mask: Tensor, beta: f
     Each pair has weight 1, on the first token of its chosen row: `mask` is 1 there and 0 elsewhere, so that the engine divides by the
     number of pairs. Of `reference_logp`, what the starting weights say, only the sum over a row counts. `nll_weight` adds the chosen row's
     negative log-likelihood per token (Pang et al., arXiv 2404.19733, equation 1). Statistics: share of pairs that the policy orders as the
-    judge does against the reference (`accuracy`), and the implicit rewards beta log(pi / reference) of both completions.
+    judge does against the reference (`pair_accuracy`), and the implicit rewards beta log(pi / reference) of both completions.
     """
     sums, lengths = row_sums(logp - reference_logp, row), row_sums(torch.ones_like(logp), row)
     first = mask > 0
     if not first.any():
         nothing = logp * 0.0
-        return TokenLoss(nothing, {name: nothing.detach() for name in ("accuracy", "chosen_reward", "rejected_reward", "chosen_nll")})
+        return TokenLoss(nothing, {name: nothing.detach() for name in ("pair_accuracy", "chosen_reward", "rejected_reward", "chosen_nll")})
     chosen, rejected = beta * sums[0::2], beta * sums[1::2]
     pair = row // 2
     margin = (chosen - rejected)[pair]
     own = -(row_sums(logp, row) / lengths)[0::2][pair]
-    stats = {"accuracy": (margin > 0).float(), "chosen_reward": chosen[pair], "rejected_reward": rejected[pair], "chosen_nll": own}
+    stats = {"pair_accuracy": (margin > 0).float(), "chosen_reward": chosen[pair], "rejected_reward": rejected[pair], "chosen_nll": own}
     loss = nll_weight * own - F.logsigmoid(margin)
     return TokenLoss(_where(mask, loss), {name: _where(mask, value.detach()) for name, value in stats.items()})
 

@@ -37,6 +37,8 @@ class Objective(ABC):
     """What is learnt from a table of rows. Every rank has one of its own."""
 
     name: ClassVar[str]
+    remedy: ClassVar[str]
+    """What to do when there are no rows."""
     columns: ClassVar[tuple[str, ...]]
     """What the rows must have beside `row_id`, which names them in messages."""
 
@@ -104,9 +106,10 @@ def train_offline(
     table = read_rows(objective, rows_path)
     _check_lengths(objective, table, model_path)
     identity = json.dumps(_identity(objective, rows_path, model_path, config), indent=1)
-    if _claims(target, identity):
-        return last_line(target / "metrics.jsonl")
     run = storage / target.name
+    if _claims(target, identity):
+        _keep_curves(run, target)
+        return last_line(target / "metrics.jsonl")
     if not _claims(run, identity):
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(identity)
@@ -116,7 +119,7 @@ def train_offline(
     )
     with followed(run / "metrics.jsonl", total, progress or Progress(objective.name, "steps")):
         run_workers(offline_loop, {"job": job}, config, storage=str(storage), name=target.name)
-    shutil.copytree(run / "tensorboard", target.parent / "tensorboard", dirs_exist_ok=True)
+    _keep_curves(run, target)
     return last_line(target / "metrics.jsonl")
 
 
@@ -176,7 +179,7 @@ def read_rows(objective: type[Objective], path: str) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: no Parquet file with the columns {', '.join(objective.columns)} ({error}).") from error
     if not table.num_rows:
-        raise UserError(f"{path}: {objective.name} needs rows, and there are none. Lower select.threshold, or look at the funnel.")
+        raise UserError(f"{path}: {objective.name} needs rows, and there are none. {objective.remedy}")
     good = objective.usable(table).fill_null(False).to_pylist()
     if not all(good):
         name = _named(table, [good.index(False)])
@@ -193,6 +196,12 @@ def _check_lengths(objective: type[Objective], table: pa.Table, model_path: str)
         raise UserError(
             f"row {name} has {longest} tokens, the model {model_path} positions for {limit}. Take it out, or take another model."
         )
+
+
+def _keep_curves(run: Path, target: Path) -> None:
+    """Copies the curves of a run to where its model is."""
+    if (run / "tensorboard").exists():
+        shutil.copytree(run / "tensorboard", target.parent / "tensorboard", dirs_exist_ok=True)
 
 
 def _named(table: pa.Table, indices: Sequence[int]) -> str:

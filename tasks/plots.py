@@ -22,14 +22,14 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", ("loss",), "nats a token"),
+    Panel("Loss", ("loss",)),
     Panel(
         "Development split",
         ("development_verdict_accuracy", "development_policy_retrieval", "development_format_adherence", "development_over_refusal"),
         "share of prompts",
     ),
     Panel("Reward, and what rewards nothing", ("reward", "held_out_reward", "rule_reward"), "0 to 1"),
-    Panel("Accuracy", ("accuracy",), "share"),
+    Panel("Accuracy", ("token_accuracy", "pair_accuracy"), "share"),
     Panel("Implicit rewards", ("chosen_reward", "rejected_reward"), "nats"),
     Panel("KL to the start", ("reference_kl",), "nats a token"),
     Panel("Entropy", ("entropy",), "nats a token"),

@@ -6,11 +6,21 @@ A completion's reward is the mean of its judge runs. Chosen are only completions
 import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.errors import SpecmillError
 from tasks.select import Candidates, PairConfig, passed
+
+NO_PAIRS = "Lower select.pairs.margin, raise select.pairs.per_prompt or generate.n, or look at the funnel."
+
+
+def require_pairs(manifest: dict[str, Any], config: PairConfig) -> None:
+    """Raises SpecmillError when a dataset has no pairs to prefer."""
+    if not manifest["preferences"]:
+        raise SpecmillError(f"dpo: of no prompt do two completions differ by {config.margin:g} in their mean scores. {NO_PAIRS}")
 
 
 def pairs(found: Candidates, config: PairConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -21,7 +31,7 @@ def pairs(found: Candidates, config: PairConfig) -> tuple[npt.NDArray[np.int64],
     for index in _of_prompts(found, rewards) if config.per_prompt else ():
         accepted = index if config.sampling == "extremes" else _accepted(index, rewards, config, found)
         count = 0
-        for best, worst in _matched(accepted, rewards, config):
+        for best, worst in _matched(accepted, rewards, good, config):
             if count < config.per_prompt and good[best] and rewards[best] - rewards[worst] >= config.margin:
                 chosen.append(best)
                 rejected.append(worst)
@@ -49,11 +59,15 @@ def _of_prompts(found: Candidates, rewards: npt.NDArray[np.float64]) -> Iterator
         yield order[start:end]
 
 
-def _matched(index: npt.NDArray[np.int64], rewards: npt.NDArray[np.float64], config: PairConfig) -> Iterator[tuple[int, int]]:
+def _matched(
+    index: npt.NDArray[np.int64], rewards: npt.NDArray[np.float64], good: npt.NDArray[np.bool_], config: PairConfig
+) -> Iterator[tuple[int, int]]:
     """Pairs (better, worse) of a prompt's completions."""
     if config.sampling == "extremes":
-        ranked = index[np.argsort(-rewards[index], kind="stable")]
-        yield from ((int(ranked[place]), int(ranked[-1 - place])) for place in range(len(ranked) // 2))
+        left = index[np.argsort(-rewards[index], kind="stable")].tolist()
+        while best := [one for one in left[:-1] if good[one]]:
+            yield best[0], left.pop()
+            left.remove(best[0])
     else:
         for first, second in zip(index[0::2], index[1::2], strict=False):
             best, worst = (first, second) if rewards[first] >= rewards[second] else (second, first)

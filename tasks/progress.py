@@ -4,6 +4,7 @@ Prefect is imported late: it reads its settings from the environment as it is im
 run file, whose types come from modules that show progress.
 """
 
+import re
 import sys
 import time
 from contextlib import suppress
@@ -37,7 +38,9 @@ class Progress:
 
         try:
             get_run_context()
-            self._artifact = create_progress_artifact(0.0, key=self.stage, description=f"{self.stage}: {self.unit}")
+            self._artifact = create_progress_artifact(
+                0.0, key=re.sub(r"[^a-z0-9-]+", "-", self.stage.lower()), description=f"{self.stage}: {self.unit}"
+            )
         except MissingContextError:
             self._artifact = None
         return self

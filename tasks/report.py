@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 
 from tasks.checkpoints import Checkpoint
-from tasks.dataset import NOT_CALIBRATED, Dataset
+from tasks.dataset import NOT_CALIBRATED, Selection
 from tasks.evaluate import Evaluation, compare
 from tasks.plots import plot
 from tasks.progress import say
@@ -28,11 +28,11 @@ RATES = {
 
 
 def write_report(
-    store: Store, manifest: dict[str, Any], datasets: list[Dataset], checkpoints: list[Checkpoint], evaluations: list[Evaluation]
+    store: Store, manifest: dict[str, Any], selections: list[Selection], checkpoints: list[Checkpoint], evaluations: list[Evaluation]
 ) -> str:
     """Writes `runs/<id>/report.md`, its pictures and `manifest.json`, shows the summary, returns the run's directory."""
     path = f"runs/{manifest['id']}"
-    text = markdown(store, manifest, datasets, checkpoints, evaluations)
+    text = markdown(store, manifest, selections, checkpoints, evaluations)
     for checkpoint in checkpoints:
         if lines := _metrics(checkpoint):
             store.replace(f"{path}/{checkpoint.label}.png", plot(lines, f"{checkpoint.label} ({checkpoint.id})"))
@@ -42,7 +42,7 @@ def write_report(
         create_markdown_artifact(text, key="report", description=f"Run {manifest['id']}")
     say("\n" + comparison(evaluations) + "\n")
     for name, place in (
-        *(("dataset", dataset.path) for dataset in datasets),
+        *(("dataset", selection.dataset.path) for selection in selections),
         *((c.label, f"checkpoints/{c.id}/model") for c in checkpoints),
         ("report", f"{path}/report.md"),
     ):
@@ -51,7 +51,7 @@ def write_report(
 
 
 def markdown(
-    store: Store, manifest: dict[str, Any], datasets: list[Dataset], checkpoints: list[Checkpoint], evaluations: list[Evaluation]
+    store: Store, manifest: dict[str, Any], selections: list[Selection], checkpoints: list[Checkpoint], evaluations: list[Evaluation]
 ) -> str:
     """The report as Markdown."""
     source = manifest["provenance"]
@@ -85,11 +85,7 @@ Verdict as ideal, by category:
 
 {by_category}
 
-{"".join(_dataset(dataset) for dataset in datasets)}
-A kept row costs {_cost(manifest)}.
-{_agreement(manifest)}
-
-## Checkpoints
+{"".join(map(_selection, selections))}## Checkpoints
 
 {"".join(_checkpoint(item) for item in checkpoints)}
 ## Prompts that were not used
@@ -98,7 +94,8 @@ A kept row costs {_cost(manifest)}.
 """
 
 
-def _dataset(dataset: Dataset) -> str:
+def _selection(selection: Selection) -> str:
+    dataset = selection.dataset
     generator = dataset.manifest["provenance"]["generator"]
     return f"""## Dataset {dataset.name}@{dataset.version}
 
@@ -106,6 +103,9 @@ Completed by {generator["id"]} @ {generator["revision"]}. Beside the kept rows t
 {dataset.manifest["preferences"]} preference pairs.
 
 {funnel_markdown(dataset.manifest["funnel"])}
+
+A kept row costs {_cost(selection.cost)}.
+{_agreement(selection)}
 
 """
 
@@ -128,15 +128,14 @@ def _metrics(item: Checkpoint) -> list[dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl") or read_lines(folder / "model" / "metrics.jsonl")
 
 
-def _cost(manifest: dict[str, Any]) -> str:
-    cost = manifest["cost"]
+def _cost(cost: dict[str, float]) -> str:
     seconds, tokens = cost["engine_seconds_per_kept_row"], cost["tokens_per_kept_row"]
     price = f", {cost['price_per_kept_row']:.3g} at the endpoints' prices" if cost["price_per_kept_row"] else ""
     return f"{seconds:.3g} engine seconds, {tokens:,.0f} drawn tokens{price}; what was spent on rows that were dropped is in it"
 
 
-def _agreement(manifest: dict[str, Any]) -> str:
-    agreed, runs = manifest["agreement"], manifest["provenance"]["judge"]["k"]
+def _agreement(selection: Selection) -> str:
+    agreed, runs = selection.agreement, selection.dataset.manifest["provenance"]["judge"]["k"]
     if runs < 2 or not agreed["total"]:
         return ""
     return (

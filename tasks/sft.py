@@ -19,6 +19,7 @@ class Sft(Objective):
     """Rows of `tables.TRAINING_ROWS`: token ids, and how many of them lead and are not learnt."""
 
     name = "sft"
+    remedy = "Lower select.threshold, or look at the funnel."
     columns = ("input_ids", "prompt_length")
 
     @classmethod

@@ -279,7 +279,7 @@ class Store:
 
     def _trying(self, ask: Callable[[], T], path: str) -> T:
         """The store's answer. What is no definite answer is asked for again, within bounds; then raises Down."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = 0.0
         for attempt in count():
             try:
                 return ask()
@@ -290,6 +290,7 @@ class Store:
                 definite = isinstance(error, OSError) and (self.local or isinstance(error, DEFINITE) or error.errno in DEFINITE_NUMBERS)
                 if definite or isinstance(error, SpecmillError):
                     raise
+                deadline = deadline or time.monotonic() + PATIENCE_SECONDS  # a long transfer that breaks is worth another attempt
                 pause = random.uniform(0, min(5.0, 0.1 * 2**attempt))
                 if time.monotonic() + pause > deadline:
                     raise Down(

@@ -23,10 +23,10 @@ def training_rows(store: Store, files: Sequence[str], capability: list[Capabilit
     """Rows of TRAINING_ROWS: those of files of TRAINING_VIEW, then capability rows in the configured ratio."""
     rows = []
     for name, row in _fewer([pair for path in files for pair in enumerate(store.read_table(path).to_pylist())], config.rows):
-        prompt, learnt = _tokens(_messages(row), row["thought"], row["answer"], chat)
+        prompt, learnt = tokens_of(_messages(row), row["thought"], row["answer"], chat)
         rows.append(_row(f"{row['prompt_id']}/{name}", prompt, learnt))
     for item in capability_mix(capability, len(rows), config.capability_ratio):
-        rows.append(_row(item.id, *_tokens(item.messages, item.thought, item.answer, chat)))
+        rows.append(_row(item.id, *tokens_of(item.messages, item.thought, item.answer, chat)))
     return pa.Table.from_pylist(rows, schema=tables.TRAINING_ROWS)
 
 
@@ -36,7 +36,7 @@ def preference_rows(store: Store, files: Sequence[str], chat: Chat) -> pa.Table:
     for path in files:
         for number, row in enumerate(store.read_table(path).to_pylist()):
             (prompt, chosen), (_, rejected) = (
-                _tokens(_messages(row), row[f"{side}_thought"], row[f"{side}_answer"], chat) for side in ("chosen", "rejected")
+                tokens_of(_messages(row), row[f"{side}_thought"], row[f"{side}_answer"], chat) for side in ("chosen", "rejected")
             )
             ids = {"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected]}
             rows.append({"row_id": f"{row['prompt_id']}/{number}", "prompt_length": len(prompt)} | ids)
@@ -64,8 +64,8 @@ def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(Message.model_validate(turn) for turn in row["messages"])
 
 
-def _tokens(messages: tuple[Message, ...], thought: str, answer: str, chat: Chat) -> tuple[list[int], list[int]]:
-    """What is given and what is learnt."""
+def tokens_of(messages: tuple[Message, ...], thought: str, answer: str, chat: Chat) -> tuple[list[int], list[int]]:
+    """Token ids of what is given, and of what is learnt."""
     prompt = chat.prompt(plain_turns(messages))
     return prompt, [*join(thought, answer, chat, opened(prompt, chat)), chat.end_of_turn]
 

@@ -1,8 +1,10 @@
-"""A two-layer model that has learnt one thing: to answer everything with the same thought, which holds a canary, and the same answer.
+"""A two-layer model that has learnt one thing: to answer everything with the same thought, which holds a canary, and the same answer;
+or one of a few thoughts and answers, by chance.
 
 So rollouts are well formed, judges are really asked, and a thought that reached a judge would be seen.
 """
 
+import math
 from pathlib import Path
 
 from cluster.chat import Chat
@@ -24,24 +26,28 @@ def prompts_of(*categories: str) -> list[Prompt]:
     return [row for row in rows if isinstance(row, Prompt) and row.category in categories]
 
 
-def teach(model_path: str, path: Path) -> None:
-    """Trains the model on the prompts of the categories and saves it with its tokenizer."""
+def teach(model_path: str, path: Path, *scripts: tuple[str, str]) -> None:
+    """Trains the model on the prompts of the categories and saves it with its tokenizer.
+
+    scripts: pairs of thought and answer that it says, one as often as another.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     chat = Chat(model_path)
-    script = [*thoughts.join(CANARY, ANSWER, chat), chat.end_of_turn]
+    said = [[*thoughts.join(thought, answer, chat), chat.end_of_turn] for thought, answer in scripts or [(CANARY, ANSWER)]]
     asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in prompts_of(*CATEGORIES)]
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
-    targets = torch.tensor(script)
-    for step in range(200):
+    for step in range(200 * len(said)):
+        script = said[step // len(asked) % len(said)]
         ids = torch.tensor([asked[step % len(asked)] + script])
-        loss = torch.nn.functional.cross_entropy(model(ids, logits_to_keep=len(script) + 1).logits[0, :-1], targets)
+        logits = model(ids, logits_to_keep=len(script) + 1).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(script))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert float(loss.detach()) < 0.02
+    assert float(loss.detach()) < 0.02 + math.log(len(said)) / 5
     model.save_pretrained(path)
     copy_tokenizer(Path(model_path), path)

@@ -402,7 +402,7 @@ def test_two_rounds_of_sft_rejection_sampling_and_dpo(servers: None, run_file: P
 def test_a_sweep_compares_settings_on_the_development_split(chain: dict[str, Any], run_file: Path) -> None:
     from flows.sweep import sweep
 
-    path = Path(sweep(RunRequest(file=str(run_file)), ["rows=4,12", "training.lora_rank=0,2"]))
+    path = Path(sweep(RunRequest(file=str(run_file)), ["rows=4,12", "training.weight_decay=0,0.1"]))
     table = [line.split("|")[1].strip() for line in path.read_text().splitlines() if line.startswith("|")]
-    assert table[2:] == ["base", *(f"rows={rows} lora_rank={rank}" for rows in (4, 12) for rank in (0, 2))]
+    assert table[2:] == ["base", *(f"rows={rows} weight_decay={decay}" for rows in (4, 12) for decay in ("0", "0.1"))]
     assert "8 prompts of the development split" in path.read_text()

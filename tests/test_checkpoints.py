@@ -50,6 +50,13 @@ def test_another_machine_fetches_it_once(store: Store, monkeypatch: pytest.Monke
     assert find(store, ID)
 
 
+def test_what_another_machine_finished_takes_the_place_of_what_lies_here(store: Store) -> None:
+    finish(store, ID, "sft", {}, {})
+    place = directory(store, ID) / "model" / "model.safetensors"
+    place.write_bytes(b"WEIGHTS")
+    assert find(store, ID) and place.read_bytes() == b"weights"
+
+
 def test_a_damaged_copy_is_told_and_a_lost_model_is_trained_anew(store: Store) -> None:
     finish(store, ID, "sft", {}, {})
     shutil.rmtree(directory(store, ID))

@@ -61,9 +61,9 @@ def trained(folder: Path, found: Found, total: int, interrupted: int | None = No
             lines[step] = line
         if watch.over:
             break
+        watch.forget(engine)
         if step == interrupted:
             watch = Watch(looks, folder, watch.state)
-            watch.forget(engine)
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("{}")
     watch.publish(engine, folder / "model", [folder / "metrics.jsonl"])
@@ -89,6 +89,17 @@ def test_what_refuses_too_much_is_not_kept_however_good_it_is(tmp_path: Path) ->
     assert [line.get("development_best") for line in lines.values()] == [None, 2, 2, 6]
     with pytest.raises(UserError, match=r"over-refusal .* above 0.12 at every look.*training.learning_rate"):
         trained(tmp_path / "none", found, 6, over_refusal=0.02)
+
+
+def test_what_is_published_can_be_published_again(tmp_path: Path) -> None:
+    """Whoever dies between the publication and what follows it does the last steps again."""
+    found = {0: (0.0, 0.0), 2: (0.3, 0.0), 4: (0.2, 0.0)}
+    for _ in range(2):
+        trained(tmp_path, found, 4)
+        assert (tmp_path / "model" / "model.safetensors").read_text() == "2"
+    watch = Watch(Looks(found, DevelopmentConfig()), tmp_path, {"allowed": 0.1, "step": 2, "value": 0.3, "worse": 1})  # type: ignore[arg-type]
+    watch.publish(Trainer(), tmp_path / "model", [tmp_path / "metrics.jsonl"])  # type: ignore[arg-type]
+    assert (tmp_path / "model" / "model.safetensors").read_text() == "2"
 
 
 @pytest.mark.parametrize("interrupted", range(1, 7))

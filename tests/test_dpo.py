@@ -55,10 +55,10 @@ def test_pairs_are_learnt_the_same_on_one_rank_and_on_two(rows_file: Path, toy: 
     one, two = (lines_of(tmp_path / str(ranks)) for ranks in (1, 2))
     assert [line["step"] for line in one] == list(range(STEPS))
     assert one[0]["loss"] == pytest.approx(math.log(2) + 0.2 * one[0]["chosen_nll"], rel=1e-5), "nothing is learnt yet"
-    assert one[0]["tokens"] == 4, "a pair counts once"
-    for name in ("loss", "accuracy", "chosen_reward", "rejected_reward", "gradient_norm"):
+    assert one[0]["weight"] == 4, "a pair counts once"
+    for name in ("loss", "pair_accuracy", "chosen_reward", "rejected_reward", "gradient_norm"):
         assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-3, abs=1e-5), name
-    assert one[-1]["accuracy"] == 1 and one[-1]["chosen_reward"] > 0 > one[-1]["rejected_reward"]
+    assert one[-1]["pair_accuracy"] == 1 and one[-1]["chosen_reward"] > 0 > one[-1]["rejected_reward"]
 
     model = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
     rows, reference = pq.read_table(rows_file).to_pylist(), pq.read_table(tmp_path / ".training" / "2" / REFERENCE).to_pylist()

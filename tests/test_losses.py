@@ -64,7 +64,7 @@ def test_nll_is_the_log_of_the_softmax_and_ignores_what_is_masked() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)], [math.inf, 0.0]])
     loss = nll(score(logits, torch.tensor([1, 0])), torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(loss.loss, torch.tensor([-math.log(0.75), 0.0]))
-    assert loss.stats["accuracy"].tolist() == [1.0, 0.0]
+    assert loss.stats["token_accuracy"].tolist() == [1.0, 0.0]
 
 
 def test_temperature_divides_logits() -> None:
@@ -83,7 +83,7 @@ def test_dpo_is_the_logistic_loss_of_the_margin_and_counts_each_pair_once() -> N
     loss = dpo(logp, reference, batch.row, batch.mask, beta=2.0)
     margins = torch.tensor([2 * (1.0 - 0.5), 2 * (-2.0 - 1.0)])
     torch.testing.assert_close(loss.loss[batch.mask > 0], torch.log1p(torch.exp(-margins)))
-    assert loss.loss.sum() == loss.loss[batch.mask > 0].sum() and loss.stats["accuracy"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert loss.loss.sum() == loss.loss[batch.mask > 0].sum() and loss.stats["pair_accuracy"].tolist() == [1, 0, 0, 0, 0, 0]
     (empty,) = pair_batches(pairs[:1], 100, 1, 2)
     nothing = dpo(torch.zeros(1, requires_grad=True), torch.zeros(1), empty.row, empty.mask, beta=2.0)
     assert nothing.loss.tolist() == [0.0] and nothing.loss.requires_grad and set(nothing.stats) == set(loss.stats)

@@ -66,6 +66,12 @@ def test_the_best_is_chosen_over_the_worst_if_it_passed_and_is_better_by_the_mar
     assert named(found, PairConfig(per_prompt=0)) == []
 
 
+def test_what_did_not_pass_is_never_chosen_and_takes_no_place_of_what_did() -> None:
+    found = candidates([[[5, 5, 3], [4, 4, 4], [1, 0, 0]], [[5, 5, 3], [5, 5, 3]]])
+    select(found, SelectConfig(threshold=4))
+    assert named(found, PairConfig()) == [(0, 1, 2)]
+
+
 def test_spare_rows_passed_and_were_more_than_was_wanted() -> None:
     found = candidates([[[4], [5], [4], [2]], [[4], [4]]])
     select(found, SelectConfig(threshold=4, max_per_category=1))

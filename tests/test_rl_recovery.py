@@ -3,7 +3,6 @@
 The model is the scripted one, so a run takes seconds.
 """
 
-import json
 import os
 import signal
 import threading
@@ -14,16 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-from scripted_model import CATEGORIES, prompts_of
+from rl_jobs import job_of, lines_of, policy_of
 
-from cluster.engine import EngineConfig
 from cluster.pool import Pool
 from cluster.training_config import TrainingConfig
 from tasks import rl
-from tasks.collect import Source
-from tasks.judge import JudgeConfig
 from tasks.ledger import Ledger
-from tasks.policy import Spec
 from tasks.rl_config import RlConfig
 from tasks.store import Store
 
@@ -52,40 +47,8 @@ def policy(scripted_model: str) -> Iterator[Pool]:
     from cluster.session import ray_session
 
     os.environ |= RAY_ENVIRONMENT
-    engine = EngineConfig(model=scripted_model, dtype="float32", engines=1, max_num_seqs=8, max_model_len=512, kv_cache_gib=0.25)
-    with ray_session(), Pool(engine, receives_weights=True) as pool:
-        pool.fleet()
+    with ray_session(), policy_of(scripted_model) as pool:
         yield pool
-
-
-def job_of(policy: Pool, root: Path, settings: RlConfig) -> rl.RlJob:
-    """A job in a root of its own."""
-    specs = dict.fromkeys(CATEGORIES, Spec("", ""))
-    source = Source(
-        job="rl-test",
-        model_path=policy.model.path,
-        config=settings,
-        prompts=tuple(prompts_of(*CATEGORIES)),
-        specs=specs,
-        policy=policy.fleet(),
-        judge=None,
-        judge_model=policy.model,
-        judge_config=JudgeConfig(),
-    )
-    return rl.RlJob(
-        root=str(root),
-        id="rl-test",
-        start_path=policy.model.path,
-        output=str(root / "model"),
-        weights_file=str(root / "weights.safetensors"),
-        config=settings,
-        source=source,
-        sync_tolerance=rl.sync_tolerance(settings, "float32"),
-    )
-
-
-def lines_of(root: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
 
 
 def rows_of(root: Path) -> list[dict[str, Any]]:

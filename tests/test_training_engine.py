@@ -112,8 +112,8 @@ def test_gradient_is_that_of_plain_torch_whatever_the_ranks_the_stage_and_the_pi
     loss.backward()
     for stage in STAGES:
         metrics, single = json.loads((tmp_path / f"{stage}.json").read_text())
-        assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6) and metrics["tokens"] == tokens
-        assert single["tokens"] == 15
+        assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6) and metrics["weight"] == tokens
+        assert single["weight"] == 15
         gradients = load_file(tmp_path / f"{stage}.safetensors")
         for name, weight in model.named_parameters():
             assert (gradients[name] - weight.grad).norm() <= 1e-5 * weight.grad.norm(), (stage, name)
