@@ -201,10 +201,10 @@ def test_the_dataset_opens_with_datasets_and_holds_no_policy(chain: dict[str, An
 def test_sft_is_looked_at_on_the_development_split_and_the_best_step_is_kept(chain: dict[str, Any]) -> None:
     (path,) = (chain["root"] / "checkpoints").glob("sft-*")
     lines = [json.loads(line) for line in (path / "model" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and lines[0]["development_over_refusal_before"] == 0
+    assert len(lines) >= 2 and lines[0]["development_over_refusal_before"] == 0
     looks = [(line["development_format_adherence"], line["development_verdict_accuracy"]) for line in lines]
-    assert looks == [(1.0, 0.0)] * 2, "the script cites no verdict"
-    assert [line["development_best"] for line in lines] == [1, 1], "of two alike the first is kept"
+    assert looks == [(1.0, 0.0)] * len(lines), "the script cites no verdict"
+    assert {line["development_best"] for line in lines} == {1}, "of several alike the first is kept"
 
 
 def test_the_report_shows_the_course_of_training(chain: dict[str, Any]) -> None:

@@ -122,14 +122,14 @@ def test_shingles_of_short_texts_and_of_scripts_without_spaces():
 
 
 def test_the_command_shows_sources_splits_reasons_and_overlap(tmp_path: Path):
-    rows = [{"q": FOX, "s": "sft"}, {"q": FOX + " again", "s": "sft"}, {"q": FOX + " now", "s": "eval"}, {"q": HEN, "s": "dev"}]
+    rows = [{"q": FOX, "s": "sft"}, {"q": FOX + " again", "s": "sft"}, {"q": FOX + " now", "s": "eval"}, {"q": HEN, "s": "train"}]
     write_jsonl(tmp_path / "x.jsonl", rows)
     prompts = {"path": "x.jsonl", "columns": {"text": "q", "split": "s"}, "constants": LABELS}
     file = write_run_file(tmp_path, {"prompts": prompts, "overlap": {"duplicates": "drop"}})
     shown = CliRunner().invoke(app, ["prompts", "check", file, "--root", str(tmp_path / "root")])
     assert shown.exit_code == 0, shown.output
     lines = [" ".join(line.split()) for line in shown.output.splitlines()]
-    assert f"{tmp_path}/x.jsonl 4 2 0 2" in lines and "harassment 1 0 1" in lines
+    assert f"{tmp_path}/x.jsonl 4 2 0 2" in lines and "harassment 1 0 0 1" in lines
     assert "1 near-duplicates, 2 rows like evaluation prompts, 1 dropped" in lines
     assert any(line.startswith("split 1 ") and "x.jsonl:4" in line for line in lines)
     assert any(line.startswith("near-duplicate 1 ") for line in lines)

@@ -76,7 +76,7 @@ def test_what_an_endpoint_may_not_be_sent_or_cannot_do_is_told_before_anything_s
 def test_the_plan_tells_what_would_leave(tmp_path: Path) -> None:
     told = describe_plan(*plan(prepare(run_file(tmp_path), trains=False)))
     assert "judge: 16 rows would leave this machine for api.example.com: 16 self-harm" in told and "complete: 16 rows would" not in told
-    assert "train: answers to 8 prompts of the rl split would leave this machine for api.example.com: 8 self-harm" in told
+    assert "train: answers to 4 prompts of the rl split would leave this machine for api.example.com: 4 self-harm" in told
     assert "evaluate: answers to 8 prompts of the eval split would leave" in told
     told = describe_plan(*plan(prepare(run_file(tmp_path, generate=NATIVE), trains=False)))
     assert "complete: 16 rows would leave this machine for api.example.com: 16 self-harm" in told
