@@ -62,7 +62,7 @@ lint: setup ## style, types and the direction of imports
 
 lock: ## writes the lock files from pyproject.toml, keeping the versions that still fit (needs uv)
 	@lock() { UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate "$$@"; }
-	lock pyproject.toml --extra cpu --extra dev --no-emit-package torch -o requirements-cpu.lock
+	lock pyproject.toml --extra cpu --extra dev --extra wandb --extra mlflow --no-emit-package torch -o requirements-cpu.lock
 	printf 'pip\nsetuptools\nuv\n' | lock - -c requirements-cpu.lock -o requirements-build.lock
 	lock tests/benchmarks/peers.in -o tests/benchmarks/peers.lock
 	# What holds for every line (CPython on the two kinds of machine) is checked by `setup` and not said 250 times.

@@ -22,6 +22,7 @@ from tasks.rl_config import RlConfig
 from tasks.select import SelectConfig
 from tasks.sources import Source, Sources, located
 from tasks.stage_config import DpoConfig, SftConfig
+from tasks.trackers import TrackerName
 from tasks.validation import Strict, load_yaml, parse, read_yaml
 
 MOST_VARIANTS = 100
@@ -74,10 +75,17 @@ class RunConfig(Strict):
     dpo: DpoConfig = Field(DpoConfig(), title="DPO")
     rl: RlConfig = Field(RlConfig(), title="RL")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate")
+    trackers: tuple[TrackerName, ...] = Field(
+        (),
+        title="Trackers",
+        description="Where else the metrics of training are shown: wandb, mlflow. Their keys and addresses are read from the environment.",
+    )
 
     def parameters(self) -> dict[str, Any]:
         """What the run computes. Where and by how many workers it is computed, and how it is called, is left out."""
-        content = self.model_dump(mode="json", exclude={"root", "name", "lease_seconds", "sent_to", "policy", "prompts", "overlap"})
+        content = self.model_dump(
+            mode="json", exclude={"root", "name", "lease_seconds", "sent_to", "policy", "prompts", "overlap", "trackers"}
+        )
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}
         for stage, fields in (("generate", {"shard_rows"}), ("judge", {"overlap"})):

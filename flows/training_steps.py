@@ -25,6 +25,7 @@ from tasks.progress import Progress, say
 from tasks.sft import Sft
 from tasks.stage_config import OfflineConfig, StageConfig
 from tasks.store import Store
+from tasks.trackers import mirrored
 from tasks.training_rows import preference_rows, training_rows
 
 
@@ -90,8 +91,8 @@ def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
             source=source,
             sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
         )
-        with Progress("rl", "steps") as progress:
-            metrics = rl.train_rl(job, str(path), progress)
+        with Progress("rl", "steps") as progress, mirrored(config.trackers, id) as mirror:
+            metrics = rl.train_rl(job, str(path), progress, mirror)
         return metrics, {"sync_tolerance": job.sync_tolerance}
 
     found = _trained(run, "rl", recipe, config.rl, start, train, keeps=(run.policy_engine, *judges))
@@ -137,9 +138,9 @@ def _offline(
             development = Development(config.development, prompts, run.policy, start.model.path, engines, str(path / "weights.safetensors"))
         rows = Store(str(path))
         shard = rows.put_table("rows", table)
-        with Progress(kind, "steps") as progress:
+        with Progress(kind, "steps") as progress, mirrored(run.config.trackers, id) as mirror:
             output = str(path / "model")
-            metrics = train_offline(objective, rows.path(shard.path), start.model.path, output, config, progress, development)
+            metrics = train_offline(objective, rows.path(shard.path), start.model.path, output, config, progress, development, mirror)
         return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
 
     found = _trained(run, kind, recipe, config, start, train, keeps=(run.policy_engine,) if prompts else ())

@@ -29,6 +29,7 @@ from tasks.prompts import Prompt, Split
 from tasks.stage_config import StageConfig
 from tasks.store import Shard, Store
 from tasks.tombstones import deleted_prompts
+from tasks.trackers import check_trackers
 from tasks.wanted import Wanted
 from tasks.work import Pairs, Tally, Wall
 
@@ -289,6 +290,7 @@ def _check_training(run: Workspace) -> None:
         say("  rl         draws harmful prompts only: models learn to refuse without a thought. Add prompts of other cells, or see rl.mix.")
     if not run.prompts.size("eval"):
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
+    check_trackers(config.trackers)
     check_trainable(run.base_model.path)
     for name in config.train:
         stage: StageConfig = getattr(config, name)

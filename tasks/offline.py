@@ -26,6 +26,7 @@ from tasks.development import Development, Watch
 from tasks.losses import TokenLoss
 from tasks.progress import Progress
 from tasks.stage_config import OfflineConfig
+from tasks.trackers import Mirror
 from tasks.training_log import TrainingLog, followed, last_line
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def train_offline(
     config: OfflineConfig,
     progress: Progress | None = None,
     development: Development | None = None,
+    mirror: Mirror | None = None,
 ) -> dict[str, Any]:
     """Trains the checkpoint `model_path` on a Parquet file and exports to `output`; returns the last step's metrics.
 
@@ -117,7 +119,7 @@ def train_offline(
     job = OfflineJob(
         objective, config, str(Path(rows_path).absolute()), str(Path(model_path).absolute()), str(target), str(run), development
     )
-    with followed(run / "metrics.jsonl", total, progress or Progress(objective.name, "steps")):
+    with followed(run / "metrics.jsonl", total, progress or Progress(objective.name, "steps"), mirror or Mirror({})):
         run_workers(offline_loop, {"job": job}, config, storage=str(storage), name=target.name)
     _keep_curves(run, target)
     return last_line(target / "metrics.jsonl")

@@ -74,9 +74,13 @@ def _draw(place: "Axes", panel: Panel, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_phases(place: "Axes", lines: Sequence[dict[str, Any]]) -> None:
-    """Seconds of each phase of a step, on top of each other."""
+    """Seconds of each phase of a step, on top of each other; `other` is mostly the checkpoint of the step before."""
     steps = [line["step"] for line in lines]
-    place.stackplot(steps, *([line.get(name, 0.0) for line in lines] for name in PHASES), labels=[name.split("_")[0] for name in PHASES])
+    seconds = {name.split("_")[0]: [line.get(name, 0.0) for line in lines] for name in PHASES}
+    if all("step_seconds" in line for line in lines):
+        known = (sum(phases) for phases in zip(*seconds.values(), strict=True))
+        seconds["other"] = [max(0.0, line["step_seconds"] - each) for line, each in zip(lines, known, strict=True)]
+    place.stackplot(steps, *seconds.values(), labels=list(seconds))
     _label(place, "Time", "seconds a step")
 
 

@@ -46,8 +46,10 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._show(*self._last) if self._last[1] else self._tell_prefect(100.0)
+        if kind is None:  # all is done, though it may have taken fewer units than were foreseen
+            if self._last[1]:
+                self._show(*self._last, over=True)
+            self._tell_prefect(100.0)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if (done, total, note) == self._last:
@@ -58,10 +60,10 @@ class Progress:
             self._shown = self._moved
             self._show(done, total, note)
 
-    def _show(self, done: int, total: int, note: str) -> None:
+    def _show(self, done: int, total: int, note: str, over: bool = False) -> None:
         seconds = max(1e-9, self._moved - self._started)
         made = max(0, done - self.before)
-        left = f", {(total - done) * seconds / made:.0f} s left" if made and done < total else f", {seconds:.0f} s"
+        left = f", {(total - done) * seconds / made:.0f} s left" if made and done < total and not over else f", {seconds:.0f} s"
         say(f"  {self.stage:<10} {done}/{total} {self.unit} ({made / seconds:.2g}/s{left}){' ' + note if note else ''}")
         self._tell_prefect(100.0 * done / max(1, total))
 

@@ -31,6 +31,7 @@ from tasks.rl_config import RlConfig
 from tasks.rl_metrics import alarms, describe
 from tasks.rollout import DRAW, DrawShard
 from tasks.store import Store
+from tasks.trackers import Mirror
 from tasks.training_log import TrainingLog, followed, last_line
 
 STAGE = "rollouts"
@@ -60,10 +61,10 @@ def sync_tolerance(config: RlConfig, engine_dtype: str) -> float:
     return config.sync_tolerance or (5e-5 if exact else 0.1)
 
 
-def train_rl(job: RlJob, storage: str, progress: Progress | None = None) -> dict[str, Any]:
+def train_rl(job: RlJob, storage: str, progress: Progress | None = None, mirror: Mirror | None = None) -> dict[str, Any]:
     """Runs the job on Ray Train; the same storage continues an interrupted one. Returns the last step's metrics."""
     config = job.config
-    with followed(_log(job), config.steps, progress or Progress("rl", "steps")):
+    with followed(_log(job), config.steps, progress or Progress("rl", "steps"), mirror or Mirror({})):
         run_workers(rl_loop, {"job": job}, config, storage=storage, name="train")
     return last_line(_log(job))
 
@@ -76,7 +77,7 @@ def rl_loop(config: dict[str, Any]) -> None:
     state = resume(engine) or {"step": 0, "kl": settings.kl, "groups": 0}
     rollouts = Rollouts(job, engine, state["groups"])
     log = TrainingLog(_log(job), state["step"]) if engine.rank == 0 else None
-    kl = state["kl"]
+    kl, ended = state["kl"], time.monotonic()
     for step in range(state["step"], settings.steps):
         rows, seconds = rollouts.of(step)
         on_policy = "rollout_seconds" in seconds and rows[0]["policy_version"] == step
@@ -95,6 +96,8 @@ def rl_loop(config: dict[str, Any]) -> None:
             metrics["forward_kl"] = rollouts.forward_kl()
             if job.source:
                 metrics["last_push_mismatch"] = rollouts.push(step + 1)
+        whole, ended = time.monotonic() - ended, time.monotonic()
+        metrics |= {"step_seconds": whole, "tokens_per_second": metrics["rollout_tokens"] / whole}
         if log:
             found = alarms([*log.lines, metrics])
             log.append(metrics | ({"alarms": [[alarm.name, alarm.text] for alarm in found]} if found else {}))

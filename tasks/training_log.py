@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.progress import Progress, say
+from tasks.trackers import Mirror
 
 POLL_SECONDS = 1.0
 
@@ -53,8 +54,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def followed(path: Path, total: int, progress: Progress) -> Iterator[None]:
-    """While inside, shows the lines of `path` as progress towards `total` steps, with the last loss or reward, and each alarm once."""
+def followed(path: Path, total: int, progress: Progress, mirror: Mirror) -> Iterator[None]:
+    """While inside, shows the lines of `path` as progress towards `total` steps, with the last loss or reward, and each alarm once.
+
+    The mirror gets all lines.
+    """
     over, told = threading.Event(), set[str]()
     progress.before = len(read_lines(path))
 
@@ -63,6 +67,7 @@ def followed(path: Path, total: int, progress: Progress) -> Iterator[None]:
         if lines:
             name = "reward" if "reward" in lines[-1] else "loss"
             progress(len(lines), total, f"{name} {lines[-1][name]:.3g}")
+        mirror.show(lines)
         for line in lines:
             for name, text in line.get("alarms", ()):
                 if name not in told:

@@ -26,10 +26,10 @@ def prompts_of(*categories: str) -> list[Prompt]:
     return [row for row in rows if isinstance(row, Prompt) and row.category in categories]
 
 
-def teach(model_path: str, path: Path, *scripts: tuple[str, str]) -> None:
+def teach(model_path: str, path: Path, *scripts: tuple[str, str], learning_rate: float = 3e-3, steps: int = 200) -> None:
     """Trains the model on the prompts of the categories and saves it with its tokenizer.
 
-    scripts: pairs of thought and answer that it says, one as often as another.
+    scripts: pairs of thought and answer that it says, one as often as another. steps: for each of them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -39,8 +39,8 @@ def teach(model_path: str, path: Path, *scripts: tuple[str, str]) -> None:
     said = [[*thoughts.join(thought, answer, chat), chat.end_of_turn] for thought, answer in scripts or [(CANARY, ANSWER)]]
     asked = [chat.prompt(plain_turns(prompt.messages)) for prompt in prompts_of(*CATEGORIES)]
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
-    for step in range(200 * len(said)):
+    optimiser = torch.optim.Adam(model.parameters(), learning_rate, fused=True)
+    for step in range(steps * len(said)):
         script = said[step // len(asked) % len(said)]
         ids = torch.tensor([asked[step % len(asked)] + script])
         logits = model(ids, logits_to_keep=len(script) + 1).logits[0, :-1]

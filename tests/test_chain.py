@@ -296,6 +296,7 @@ def test_a_second_start_reuses_everything_without_an_engine(chain: dict[str, Any
     assert all(counts[f"eval-{name}"]["reused"] for name in ("base", "sft", "rl"))
 
 
+@pytest.mark.soak
 def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chain: dict[str, Any], run_file: Path) -> None:
     import shutil
 

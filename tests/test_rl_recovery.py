@@ -1,53 +1,52 @@
 """RL jobs on one vLLM engine and rules alone: one step off, and a rank or the rollout actor killed in the middle of it.
 
-The model is the scripted one, so a run takes seconds.
+The model is the scripted one, so a run takes seconds; soak tests do the same to the demo's.
 """
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from rl_jobs import job_of, lines_of, policy_of
+import rl_jobs
+from rl_jobs import RAY_ENVIRONMENT, STEPS, job_of, lines_of, policy_of, recovery_config
+from scripted_model import teach
 
+from cluster.models import resolve_model
 from cluster.pool import Pool
-from cluster.training_config import TrainingConfig
 from tasks import rl
 from tasks.ledger import Ledger
-from tasks.rl_config import RlConfig
 from tasks.store import Store
 
 pytestmark = pytest.mark.slow
-STEPS = 5
-RAY_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 
-def config(**changes: Any) -> RlConfig:
-    """Some steps of two groups, with adapters and the rules' reward."""
-    training = TrainingConfig(lora_rank=4, learning_rate=1e-4, micro_batch_tokens=2048).model_dump()
-    values = {
-        "steps": STEPS,
-        "prompts_per_step": 2,
-        "rollouts_per_prompt": 4,
-        "max_tokens": 40,
-        "reward": {"source": "rules"},
-        "refills": 1,
-    }
-    return RlConfig.model_validate(values | {"training": training} | changes)
+@pytest.fixture(scope="module", params=["two layers", pytest.param("demo", marks=pytest.mark.soak)])
+def model(request: pytest.FixtureRequest, scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers that say one thing; or the demo's model, taught to say one of several."""
+    if request.param != "demo":
+        return scripted_model
+    path = tmp_path_factory.mktemp("taught")
+    scripts = [("zebra quill", "At nine."), ("paper moon", "I'm sorry, but I can't help with that.")]
+    teach(resolve_model("default").path, path, *scripts, learning_rate=1e-4, steps=40)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
-def policy(scripted_model: str) -> Iterator[Pool]:
+def policy(model: str) -> Iterator[Pool]:
     """One engine that takes weights, on a Ray of this file."""
     from cluster.session import ray_session
 
     os.environ |= RAY_ENVIRONMENT
-    with ray_session(), policy_of(scripted_model) as pool:
+    with ray_session(), policy_of(model) as pool:
         yield pool
 
 
@@ -60,7 +59,7 @@ def rows_of(root: Path) -> list[dict[str, Any]]:
 def undisturbed(policy: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of a run that nobody kills."""
     root = tmp_path_factory.mktemp("undisturbed")
-    rl.train_rl(job_of(policy, root, config()), str(root))
+    rl.train_rl(job_of(policy, root, recovery_config()), str(root))
     return root
 
 
@@ -69,8 +68,9 @@ def test_a_run_says_of_every_step_what_it_drew_learnt_and_took(undisturbed: Path
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
     assert lines[-1]["last_push_mismatch"] <= 5e-5
-    for name in ("rollout_seconds", "judge_seconds", "train_seconds", "sync_seconds", "reference_kl", "entropy", "reward_low", "kl_weight"):
-        assert all(name in line for line in lines), name
+    measured = {"reference_kl", "entropy", "reward_low", "kl_weight"}
+    timed = {f"{phase}_seconds" for phase in ("rollout", "judge", "train", "sync", "step")}
+    assert all(measured | timed <= line.keys() for line in lines)
     assert list((undisturbed / "tensorboard").glob("events.*"))
 
 
@@ -87,31 +87,67 @@ def kill(process_name: str, root: Path, at_lines: int, killed: list[int]) -> Non
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("process_name", ["RayTrainWorker", "EngineActor"])
+@pytest.mark.parametrize("process_name", ["RayTrainWorker", pytest.param("EngineActor", marks=pytest.mark.soak)])
 def test_a_killed_rank_and_a_killed_rollout_actor_cost_one_step_at_most(
     undisturbed: Path, policy: Pool, tmp_path: Path, process_name: str
 ) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=kill, args=(process_name, tmp_path, 2, killed))
     killer.start()
-    rl.train_rl(job_of(policy, tmp_path, config()), str(tmp_path))
+    rl.train_rl(job_of(policy, tmp_path, recovery_config()), str(tmp_path))
     killer.join()
     assert killed
-    expected, found = lines_of(undisturbed), lines_of(tmp_path)
+    assert_the_same(undisturbed, tmp_path)
+
+
+def assert_the_same(undisturbed: Path, root: Path) -> None:
+    """Both took the same steps on the same prompts, and what came before the kill is alike."""
+    expected, found = lines_of(undisturbed), lines_of(root)
     assert [line["step"] for line in found] == list(range(STEPS))
-    order = [[(row["step"], row["group"], row["prompt_id"]) for row in rows_of(root)] for root in (undisturbed, tmp_path)]
+    order = [[(row["step"], row["group"], row["prompt_id"]) for row in rows_of(each)] for each in (undisturbed, root)]
     assert order[0] == order[1], "the same prompts in the same order, and nothing drawn twice"
     assert [line["loss"] for line in found[:2]] == pytest.approx([line["loss"] for line in expected[:2]], abs=1e-5)
 
 
-def test_one_step_off_draws_ahead_and_a_replay_needs_no_engine(policy: Pool, tmp_path: Path) -> None:
-    settings = config(one_step_off=True, kl_target=0.01, target="answer", steps=4)
-    job = job_of(policy, tmp_path / "run", settings)
-    rl.train_rl(job, str(tmp_path / "run"))
-    lines = lines_of(tmp_path / "run")
-    versions = {row["step"]: row["policy_version"] for row in rows_of(tmp_path / "run")}
+@pytest.mark.soak
+def test_a_killed_job_goes_on_with_the_same_command(undisturbed: Path, model: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, rl_jobs.__file__, model, str(tmp_path)]
+    job = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + 400
+        while not (tmp_path / "metrics.jsonl").exists() or len(lines_of(tmp_path)) < 2:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        for process in (job_and_children := [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]):
+            process.kill()
+        psutil.wait_procs(job_and_children)
+    done = len(lines_of(tmp_path))
+    assert done < STEPS
+    subprocess.run(command, env=environment, check=True, timeout=600)
+    assert_the_same(undisturbed, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def one_step_off(policy: Pool, tmp_path_factory: pytest.TempPathFactory) -> rl.RlJob:
+    """A finished job that draws while it trains."""
+    root = tmp_path_factory.mktemp("ahead")
+    job = job_of(policy, root, recovery_config(one_step_off=True, kl_target=0.01, target="answer", steps=4))
+    rl.train_rl(job, str(root))
+    return job
+
+
+def test_one_step_off_draws_ahead(one_step_off: rl.RlJob) -> None:
+    lines = lines_of(Path(one_step_off.root))
+    versions = {row["step"]: row["policy_version"] for row in rows_of(Path(one_step_off.root))}
     assert versions == {0: 0, 1: 0, 2: 1, 3: 2}
     assert lines[2]["ratio"] != 1.0 and lines[1]["kl_weight"] != lines[0]["kl_weight"]
-    again = rl.RlJob(**{**vars(job), "output": str(tmp_path / "again" / "model"), "source": None})
-    rl.train_rl(again, str(tmp_path / "again"))
-    assert [line["loss"] for line in lines_of(tmp_path / "again")] == pytest.approx([line["loss"] for line in lines], abs=1e-6)
+
+
+@pytest.mark.soak
+def test_a_replay_of_one_step_off_needs_no_engine(one_step_off: rl.RlJob, tmp_path: Path) -> None:
+    again = replace(one_step_off, output=str(tmp_path / "model"), source=None)
+    rl.train_rl(again, str(tmp_path))
+    losses = [line["loss"] for line in lines_of(Path(one_step_off.root))]
+    assert [line["loss"] for line in lines_of(tmp_path)] == pytest.approx(losses, abs=1e-6)

@@ -5,6 +5,7 @@ Run as a program, this file is one rank of a process group, or a trainer beside 
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -225,5 +226,41 @@ def test_vllm_agrees_with_the_trainer_after_each_transfer_and_not_before(
     assert all(stale[0] >= 20 * synced[0] for stale, synced in zip(seen["stale"], seen["synced"], strict=True))
 
 
+# Long thoughts
+
+LONG, WORDS = 16_384, 49_152
+"""Tokens of a row, and of the vocabulary: in float32 the logits of the one are 3 GiB."""
+
+
+def long_main(output: str) -> None:
+    """One rank learns from one long row; writes how much memory that took at its peak, in GiB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from cluster.deepspeed_engine import TrainingEngine
+
+    sizes = {"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=LONG, tie_word_embeddings=True)).save_pretrained(f"{output}/model")
+    engine = TrainingEngine(f"{output}/model", TrainingConfig(micro_batch_tokens=LONG, logit_tokens=512), 2)
+    row = Row([9 + place % 40_000 for place in range(LONG)], 1)
+    engine.step(micro_batches([Row(row.input_ids[:64], 1)], LONG, 0, 1), sft_loss)
+    before = peak()
+    metrics = engine.step(micro_batches([row], LONG, 0, 1), sft_loss)
+    Path(f"{output}/long.json").write_text(json.dumps({"weight": metrics["weight"], "gib": peak() - before}))
+
+
+def peak() -> float:
+    """The most memory that this process has had, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@pytest.mark.soak
+def test_a_row_of_16k_tokens_takes_less_memory_than_its_logits_would(tmp_path: Path) -> None:
+    run_ranks(1, "long", str(tmp_path))
+    seen = json.loads((tmp_path / "long.json").read_text())
+    assert seen["weight"] == LONG - 1
+    assert seen["gib"] < 0.5 * LONG * WORDS * 4 / 2**30, seen
+
+
 if __name__ == "__main__":
-    {"gradients": gradients_main, "other_ranks": other_ranks_main, "transfer": transfer_main}[sys.argv[1]](*sys.argv[2:])
+    programs = {"gradients": gradients_main, "other_ranks": other_ranks_main, "transfer": transfer_main, "long": long_main}
+    programs[sys.argv[1]](*sys.argv[2:])
