@@ -146,7 +146,7 @@ def chain(servers: None, run_file: Path, scripted_model: str) -> dict[str, Any]:
     probes: list[Completion] = []
     real = rl.train_rl
 
-    def watched(job: rl.RlJob, storage: str, progress: Any) -> dict[str, Any]:
+    def watched(job: rl.RlJob, storage: str, *more: Any) -> dict[str, Any]:
         def ask() -> None:
             assert job.source and job.source.judge
             probes.extend(done.result for done in job.source.judge.map(PROBE_STAGE, [question]))
@@ -154,7 +154,7 @@ def chain(servers: None, run_file: Path, scripted_model: str) -> dict[str, Any]:
         ask()
         assert job.source and job.source.judge
         recorded = replace(job.source, judge=RecordingFleet(job.source.judge, str(seen)))
-        metrics = real(replace(job, source=recorded), storage, progress)
+        metrics = real(replace(job, source=recorded), storage, *more)
         ask()
         return metrics
 
