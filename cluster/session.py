@@ -45,6 +45,7 @@ def _attached(address: str) -> Iterator[None]:
 def _local() -> Iterator[None]:
     # A Unix socket's path may have 107 bytes, so Ray's directory is a short one of its own.
     temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more a training, and no node is taken from this cluster
     import ray
 
     # Logical CPUs: idle engines use none, so trainers and engines may be counted on the same cores.

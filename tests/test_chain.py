@@ -73,6 +73,7 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
             "max_tokens": LIMIT,
             "ranks": 2,
             "training": training | {"zero_stage": 3},
+            "held_out": engine | {"backend": "fake"},
         },
         "evaluate": {"engine": engine | {"max_model_len": 1024}, "max_tokens": LIMIT},
     }
@@ -220,6 +221,7 @@ def test_rl_moves_the_policy_and_stays_in_step_with_the_engine(chain: dict[str, 
     assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
     assert [line.get("last_push_mismatch", 1.0) <= 5e-5 for line in lines] == [False, True]
     assert any(line["effective_groups"] for line in lines)
+    assert all(0 < line["held_out_reward"] < 1 for line in lines)
     assert "forward_kl" not in lines[0] and abs(lines[1]["forward_kl"]) < 1e-3, "so small are its steps"
     weights = {json.loads(file.read_text())["weights"] for file in (chain["root"] / "checkpoints").glob("*/manifest.json")}
     assert len(weights) == 2
@@ -245,6 +247,7 @@ def test_rollouts_say_what_a_later_training_needs(chain: dict[str, Any]) -> None
     rows = rollouts_of(chain["root"], path.name)
     assert {row["policy_version"] for row in rows} == {0, 1} and all(row["step"] == row["policy_version"] for row in rows)
     assert all(len(row["logprobs"]) == len(row["token_ids"]) for row in rows)
+    assert all(len(row["verdicts"]) == len(row["held_out_verdicts"]) == 1 for row in rows if row["answer_kind"])
     used = [row for row in rows if row["drop_reason"] is None]
     assert used and all(row["advantage"] == 0 for row in rows if row["drop_reason"])
     assert all(row["reward"] == pytest.approx(sum(row["rewards"]) / len(row["rewards"])) for row in used)

@@ -13,6 +13,7 @@ from ray import cloudpickle
 from rl_jobs import job_of, lines_of, policy_of
 from scripted_model import teach
 
+from cluster.errors import Diverged
 from cluster.pool import Pool
 from cluster.training_config import TrainingConfig
 from tasks import rl
@@ -67,11 +68,11 @@ def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield pool
 
 
-def trained(policy: Pool, root: Path, rewards: Any) -> list[dict[str, Any]]:
+def trained(policy: Pool, root: Path, rewards: Any, alarm: str = "say") -> list[dict[str, Any]]:
     """The lines of a run on these rewards."""
     training = TrainingConfig(learning_rate=1e-3, micro_batch_tokens=4096, schedule="constant").model_dump()
     values = {"steps": STEPS, "prompts_per_step": 8, "rollouts_per_prompt": 8, "max_tokens": 48, "kl": 0.0, "save_every_steps": STEPS}
-    settings = RlConfig.model_validate(values | {"reward": {"source": "rules"}, "refills": 0, "training": training})
+    settings = RlConfig.model_validate(values | {"reward": {"source": "rules"}, "refills": 0, "alarm": alarm, "training": training})
     rl.train_rl(job_of(policy, root, settings, rewards), str(root))
     return lines_of(root)
 
@@ -82,6 +83,14 @@ def test_a_planted_reward_trips_its_alarm(policy: Pool, tmp_path: Path, name: st
     lines = trained(policy, tmp_path, rewards)
     assert lines[-1]["reward_low"] > lines[0]["reward_high"], "it learns what it is rewarded for"
     assert alarm in {found for line in lines for found, _ in line.get("alarms", ())}
+
+
+def test_an_alarm_ends_the_run_where_that_is_asked_for(policy: Pool, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"RL step \d+: answer_tokens .*: it collapses \(rl.alarm: stop\)"):
+        trained(policy, tmp_path, minus_length, alarm="stop")
+    lines = lines_of(tmp_path)
+    assert len(lines) < STEPS and [bool(line.get("alarms")) for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_rules_trip_no_alarm_and_are_followed_better_than_before(policy: Pool, tmp_path: Path) -> None:

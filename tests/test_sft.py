@@ -173,7 +173,7 @@ def interrupt_main(rows: str, model: str, output: str) -> None:
 
 
 @pytest.mark.soak
-def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Path, rows_file: Path, toy: Path) -> None:
+def test_an_interrupt_stops_the_workers_and_the_next_run_continues_on_one_rank(finished: Path, rows_file: Path, toy: Path) -> None:
     output = finished.parent / "interrupted"
     run = output.parent / ".training" / output.name
     command = [sys.executable, __file__, "interrupt", str(rows_file), str(toy), str(output)]
@@ -186,10 +186,10 @@ def test_an_interrupt_stops_the_workers_and_the_next_run_continues(finished: Pat
         driver.kill()
     done = (run / "metrics.jsonl").read_text().splitlines()
     assert SAVED <= len(done) < STEPS and not output.exists()
-    train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(2))
+    train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(2).model_copy(update={"ranks": 1}))
     # steps before the first checkpoint were not done again: their lines, with their timings, are the same
     assert (output / "metrics.jsonl").read_text().splitlines()[:SAVED] == done[:SAVED]
-    assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-6)
+    assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-4)
 
 
 def generate_main(output: str, *models: str) -> None:
