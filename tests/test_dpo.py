@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +44,49 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
-def test_pairs_are_learnt_the_same_on_one_rank_and_on_two(rows_file: Path, toy: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    """One Ray for the trainings of this file."""
     from cluster.session import ray_session
 
     with ray_session():
-        for ranks in (1, 2):
-            train_offline(Dpo, str(rows_file), str(toy), str(tmp_path / str(ranks)), config(ranks))
-    one, two = (lines_of(tmp_path / str(ranks)) for ranks in (1, 2))
-    assert [line["step"] for line in one] == list(range(STEPS))
-    assert one[0]["loss"] == pytest.approx(math.log(2) + 0.2 * one[0]["chosen_nll"], rel=1e-5), "nothing is learnt yet"
-    assert one[0]["weight"] == 4, "a pair counts once"
-    for name in ("loss", "pair_accuracy", "chosen_reward", "rejected_reward", "gradient_norm"):
-        assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-3, abs=1e-5), name
-    assert one[-1]["pair_accuracy"] == 1 and one[-1]["chosen_reward"] > 0 > one[-1]["rejected_reward"]
+        yield
+
+
+@pytest.fixture(scope="module")
+def learnt(session: None, rows_file: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have learnt."""
+    output = tmp_path_factory.mktemp("dpo") / "two"
+    train_offline(Dpo, str(rows_file), str(toy), str(output), config(2))
+    return output
+
+
+@pytest.mark.slow
+def test_pairs_are_learnt_from_where_the_model_started(learnt: Path, rows_file: Path, toy: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    lines = lines_of(learnt)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert lines[0]["loss"] == pytest.approx(math.log(2) + 0.2 * lines[0]["chosen_nll"], rel=1e-5), "nothing is learnt yet"
+    assert lines[0]["weight"] == 4, "a pair counts once"
+    assert lines[-1]["pair_accuracy"] == 1 and lines[-1]["chosen_reward"] > 0 > lines[-1]["rejected_reward"]
 
     model = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
-    rows, reference = pq.read_table(rows_file).to_pylist(), pq.read_table(tmp_path / ".training" / "2" / REFERENCE).to_pylist()
+    rows, reference = pq.read_table(rows_file).to_pylist(), pq.read_table(learnt.parent / ".training" / "two" / REFERENCE).to_pylist()
     for row, found in zip(rows, reference, strict=True):
         for side in ("chosen", "rejected"):
             ids = torch.tensor([row[f"{side}_ids"]])
             with torch.no_grad():
                 logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             assert found[f"{side}_logp"] == pytest.approx(float(logp[row["prompt_length"] - 1 :].sum()), abs=1e-3)
+
+
+@pytest.mark.soak
+def test_one_rank_learns_the_same_from_pairs_as_two(learnt: Path, rows_file: Path, toy: Path, tmp_path: Path) -> None:
+    train_offline(Dpo, str(rows_file), str(toy), str(tmp_path / "one"), config(1))
+    one, two = lines_of(tmp_path / "one"), lines_of(learnt)
+    for name in ("loss", "pair_accuracy", "chosen_reward", "rejected_reward", "gradient_norm"):
+        assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-3, abs=1e-5), name
 
 
 def test_rows_that_are_no_pairs_are_told(tmp_path: Path, toy: Path) -> None:

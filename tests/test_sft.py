@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_once_and_names_the_rows(finis
     output = finished.parent / "diverged"
     changes = {"learning_rate": 1e38, "warmup_ratio": 0.0}
     training = sft_config(2).training.model_copy(update=changes)
-    config = sft_config(2).model_copy(update={"save_every_steps": 1, "training": training})
+    config = sft_config(2).model_copy(update={"ranks": 1, "save_every_steps": 1, "training": training})
     with pytest.raises(Diverged, match=r"sft step 1, rows number \d+, .*became nan; lower training.learning_rate"):
         train_offline(Sft, str(rows_file), str(toy), str(output), config)
     run = output.parent / ".training" / output.name
