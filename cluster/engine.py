@@ -31,6 +31,9 @@ class FakeConfig(BaseModel):
     die_at: int | None = Field(
         None, ge=0, title="Death", description="The engine dies at this request, each time it was started; 0: while it starts."
     )
+    stall_at: int | None = Field(
+        None, ge=1, title="Stall", description="From this request on the engine answers nothing, each time it was started."
+    )
     die_on: str | None = Field(None, min_length=1, title="Deadly text", description="A prompt that holds this text kills the engine.")
 
 

@@ -57,6 +57,8 @@ class FakeEngine:
             self._asked += 1
             if fake.die_at and self._asked >= fake.die_at:
                 raise EngineDied(f"the fake engine was told to die at request {fake.die_at}")
+            if fake.stall_at and self._asked >= fake.stall_at:
+                await asyncio.Event().wait()
             if fake.die_on and any(fake.die_on in turn["content"] for turn in turns):
                 raise EngineDied(f"the fake engine was told to die of {fake.die_on!r}")
             if fake.latency_seconds:

@@ -175,7 +175,7 @@ class Store:
         except FileNotFoundError:
             return
         for path, about in sorted(found.items()):
-            changed = about.get("mtime") or about.get("LastModified")
+            changed = about["mtime"] if "mtime" in about else about["LastModified"]
             seconds = changed if isinstance(changed, float) else changed.timestamp()
             yield str(path).removeprefix(f"{self.base}/"), int(about["size"]), seconds
 

@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def load_yaml(text: str) -> Any:
     """The content of a YAML text: what JSON can say too, dates, `yes` and `off` being text. Raises yaml.YAMLError.
 
-    A key that is there twice is an error, since all but the last would silently not count.
+    A key that is there twice is an error, since all but the last would silently not count. What an alias names is copied.
     """
     _check_depth(text)
     loader = _Loader(text)
@@ -58,13 +58,20 @@ def load_yaml(text: str) -> Any:
         if root is None:
             return None
         _check(root)
-        return loader.construct_document(root)
+        return _apart(loader.construct_document(root))
     except (ValueError, LookupError) as error:
         raise yaml.YAMLError(str(error)) from error
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
     finally:
         loader.dispose()
+
+
+def _apart(value: Any) -> Any:
+    """A copy in which what an alias stands for is a value of its own, so that a change in one place is none in another."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value
 
 
 class _Loader(SafeLoader):

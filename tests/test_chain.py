@@ -329,7 +329,13 @@ def written(root: Path, stage: str) -> int:
 def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> None:
     """Ctrl-C while completions are drawn, while verdicts are given, in SFT and in RL: one root, and nothing of it is made twice."""
     root = run_file.parent / "interrupted"
-    small = ["generate.shard_rows=2", "judge.engine.max_num_seqs=4", "generate.engine.max_num_seqs=4", "sft.rows_per_step=2", "sft.development.every_steps=8"]
+    small = [
+        "generate.shard_rows=2",
+        "judge.engine.max_num_seqs=4",
+        "generate.engine.max_num_seqs=4",
+        "sft.rows_per_step=2",
+        "sft.development.every_steps=8",
+    ]
     changes = [argument for change in [*small, "sft.save_every_steps=2"] for argument in ("--set", change)]
     command = [sys.executable, "-m", "flows.cli", "run", str(run_file), "--root", str(root), *changes]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}
