@@ -3,21 +3,24 @@
 Ray, its processes and nodes are real; the engines are fake, and fast. `windows/sitecustomize.py` kills.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from flows.config import RunRequest
 from flows.inspect import problems
-from flows.workspace import prepare, survey
+from flows.workspace import Workspace, prepare, survey
 from tasks import ledger
 from tasks.garbage import garbage
 from tasks.ledger import Ledger
@@ -27,8 +30,28 @@ from tasks.wanted import NOT_JUDGED
 SPECS = Path(__file__).parent.parent.parent / "specs"
 CATEGORIES = ("violence", "self-harm")
 TARGETS = ("driver", "actor", "engine", "node")
+FOLDERS = ("todo", "done", "seen", "actors", "deaths", "killed")
 BEFORE_ENGINES = ("probe", "prompts")
 """Sites that are passed before there is an engine that could be killed."""
+AFTER_REQUESTS = ("datasets",)
+"""Sites that are passed when no engine is asked for anything any more."""
+DATA_SITES = {
+    "create probe", "delete probe",
+    "create prompts parts", "replace prompts manifest.json",
+    "create completions shard", "create completions entry", "create completions snapshot",
+    "create judgements shard", "create judgements entry", "create judgements snapshot",
+    "create datasets entry", "create datasets data", "create datasets audit", "create datasets spare", "create datasets preferences",
+    "replace datasets README.md", "replace datasets manifest.json",
+}  # fmt: skip
+"""Every durable write of the data stages."""
+FINAL_SITES = {
+    "create checkpoints entry", "create rows .parquet", "replace checkpoints manifest.json",
+    "create evaluations entry", "create evaluations .parquet", "create evaluations manifest.json",
+    "replace runs .png", "replace runs report.md", "replace runs manifest.json",
+}  # fmt: skip
+"""Those that follow, but for RL's rollouts."""
+GROUP_ROWS = 4
+"""Prompts of a scenario group. The second and fourth group of a file are for SFT, the third is for evaluation."""
 LIVES = 80
 """More runs than there are windows."""
 LONGEST_SECONDS = 300
@@ -40,15 +63,16 @@ HEALTH_CHECKS = {"health_check_period_ms": 300, "health_check_initial_delay_ms":
 class Place:
     """A folder with policy, prompts, run file and, unless it lies elsewhere, root, and what the windows look into."""
 
-    def __init__(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE) -> None:
+    def __init__(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE, groups: int = 3) -> None:
         self.folder, self.root, self.windows = folder, root or str(folder / "root"), folder / "windows"
-        for name in ("todo", "done", "seen", "actors"):
+        for name in FOLDERS:
             (self.windows / name).mkdir(parents=True)
         (self.windows / "target").write_text("nobody")
         shutil.copytree(SPECS / "policies" / "base", folder / "policy")
         (folder / "prompts").mkdir()
         for name in CATEGORIES:
-            shutil.copy(SPECS / "prompts" / f"{name}.jsonl", folder / "prompts")
+            rows = (SPECS / "prompts" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+            (folder / "prompts" / f"{name}.jsonl").write_text("".join(rows[GROUP_ROWS : GROUP_ROWS * (1 + groups)]))
         content = {
             "version": 1,
             "name": "kills",
@@ -56,9 +80,11 @@ class Place:
             "lease_seconds": 0.3,
             "policy": "policy",
             "prompts": "prompts",
-            "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800, "shard_rows": 2},
+            "generate": {"engine": engine, "n": 2, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800, "shard_rows": 2},
             "judge": {"engine": engine, "k": 2, "sequential": False},
             "select": {"threshold": 1},
+            "train": ["sft"],
+            "evaluate": {"engine": engine | {"engines": 1}, "max_tokens": 200},
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(content))
 
@@ -83,6 +109,29 @@ def life(folder: str, changes: tuple[str, ...]) -> None:
     with opened(RunRequest(file=f"{folder}/run.yaml", changes=list(changes)), trains=False) as run:
         complete_and_judge_step.fn(run)
         (Path(folder) / "dataset").write_text(select_step.fn(run).version)
+
+
+def finish(folder: str, changes: tuple[str, ...]) -> None:
+    """The other half of a run: a checkpoint that nobody trains, evaluations by engines that are no models, the report."""
+    from flows.steps import base_checkpoint, evaluate_step, made_once, report_step, select_step
+    from flows.workspace import opened
+    from tasks import checkpoints
+
+    ledger.SNAPSHOT_ENTRIES = 4
+    (Path(folder) / "windows" / "driver").write_text(str(os.getpid()))
+    with opened(RunRequest(file=f"{folder}/run.yaml", changes=list(changes))) as run:
+        dataset, base = select_step.fn(run), base_checkpoint(run)
+
+        def train() -> checkpoints.Checkpoint:
+            path = checkpoints.directory(run.store, "sft-0")
+            Store(str(path)).put_table("rows", pa.table({"row_id": ["one"]}))
+            (path / "model").mkdir(exist_ok=True)
+            (path / "model" / "model.safetensors").write_bytes(b"weights")
+            (path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+            return checkpoints.finish(run.store, "sft-0", "sft", {"dataset": f"{dataset.name}@{dataset.version}"}, {"loss": 1.0})
+
+        run.checkpoints = [made_once(run, "checkpoints/sft-0", lambda: checkpoints.find(run.store, "sft-0"), train)]
+        report_step.fn(run, [evaluate_step.fn(run, checkpoint) for checkpoint in (base, *run.checkpoints)])
 
 
 def collection(folder: str, _: tuple[str, ...]) -> None:
@@ -115,9 +164,9 @@ class Lives:
         self.context: Any = multiprocessing.get_context(start)
         self.context.set_forkserver_preload(["flows.steps", "flows.workspace", "sitecustomize"])
 
-    def place(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE) -> Place:
+    def place(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE, groups: int = 3) -> Place:
         """A new place, at which the windows look from now on."""
-        place = Place(folder, root, engine)
+        place = Place(folder, root, engine, groups)
         self.current.unlink(missing_ok=True)
         self.current.symlink_to(place.windows)
         self._keep_node()
@@ -156,11 +205,46 @@ def check(place: Place, *changes: str) -> None:
     wanted, lost = survey(run, Ledger(store, "completions"), Ledger(store, "judgements"))
     assert lost == ([], []) and wanted.made.all()
     assert ((wanted.scores != NOT_JUDGED).all(axis=1) == wanted.passed).all()
-    keys = Counter(key for shard in Ledger(store, "completions").shards() for key in store.read_table(shard.path)["key"].to_pylist())
-    assert set(keys.values()) == {1}
+    check_rows(run)
     for file in list(garbage(store, older_than=0, lease=0.3)):
         store.delete(file.path)
     assert list(garbage(store, older_than=0, lease=0.3)) == [] and problems(place.root)[0] == []
+    named = {text for path, *_ in store.files("") if path.endswith(".json") for text in texts(json.loads(store.read(path)))}
+    assert [path for path, *_ in store.files("") if path.endswith(".parquet") and not named & set(endings(path))] == []
+
+
+def endings(path: str) -> list[str]:
+    """A path as seen from each of the folders above it."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def check_rows(run: Workspace) -> None:
+    """The rows themselves, whatever marks say: each once, of this policy or the one before, and judged as often as asked."""
+    rows = {
+        stage: [row for shard in Ledger(run.store, stage).shards() for row in run.store.read_table(shard.path).to_pylist()]
+        for stage in ("completions", "judgements")
+    }
+    assert all(set(Counter(row["key"] for row in found).values()) == {1} for found in rows.values())
+    current = {spec.hash for spec in run.specs.values()}
+    prompts = {prompt.id for prompt in run.prompts.prompts("sft")}
+    of_now = Counter((row["prompt_id"], row["sample"]) for row in rows["completions"] if row["spec_hash"] in current)
+    assert of_now == Counter((prompt, sample) for prompt in prompts for sample in range(run.config.generate.n))
+    older = [row for row in rows["completions"] if row["spec_hash"] not in current]
+    assert {row["category"] for row in older} <= {"violence"} and {row["prompt_id"] for row in older} <= prompts
+    passed = {row["key"]: row["spec_hash"] in current for row in rows["completions"] if row["drop_reason"] is None}
+    runs = Counter((row["completion_key"], row["run"]) for row in rows["judgements"] if row["judge_hash"] == run.judge_hash("full"))
+    assert {key for key, _ in runs} <= passed.keys() and set(runs.values()) == {1}
+    for key, counts in passed.items():
+        assert not counts or sum(other == key for other, _ in runs) == run.config.judge.k
+
+
+def texts(content: Any) -> Iterator[str]:
+    """All texts in a JSON document."""
+    if isinstance(content, str):
+        yield content
+    for item in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from texts(item)
 
 
 def chain(
@@ -186,8 +270,9 @@ def chain(
 
 def reached(undisturbed: Place, target: str) -> set[str]:
     """Windows in which the target can be killed."""
-    windows = undisturbed.names("seen")
-    return windows if target == "driver" else {name for name in windows if not any(site in name for site in BEFORE_ENGINES)}
+    idle = (*BEFORE_ENGINES, *AFTER_REQUESTS)
+    out_of_reach = {"driver": (), "node": BEFORE_ENGINES, "actor": idle, "engine": idle}[target]
+    return {name for name in undisturbed.names("seen") if not any(site in name for site in out_of_reach)}
 
 
 def edit_clause(place: Place) -> str:

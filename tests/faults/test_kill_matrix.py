@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
-from lives import TARGETS, Lives, Place, chain, check, collection, edit_clause, reached
+from lives import DATA_SITES, FINAL_SITES, TARGETS, Lives, Place, chain, check, collection, edit_clause, finish, reached
 from s3_server import KEY, SECRET, S3Server
 
 from tasks import ledger
@@ -56,11 +56,8 @@ def undisturbed(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Place
     return place
 
 
-def test_the_windows_are_known(undisturbed: Place) -> None:
-    sites = {name.partition(" ")[2] for name in undisturbed.names("seen")}
-    assert {name.partition(" ")[0] for name in undisturbed.names("seen")} == {"before", "after"}
-    assert {f"{action} {site}" for action, site in (("create", "completions shard"), ("create", "completions entry"))} <= sites
-    assert {"create judgements shard", "create judgements entry", "create completions snapshot", "replace datasets manifest"} <= sites
+def test_every_site_of_the_data_stages_has_its_windows(undisturbed: Place) -> None:
+    assert undisturbed.names("seen") == {f"{moment} {site}" for moment in ("before", "after") for site in DATA_SITES}
     check(undisturbed)
 
 
@@ -71,9 +68,26 @@ def test_whatever_is_killed_in_whichever_window_nothing_is_lost_or_doubled(
     place, windows = lives.place(tmp_path / "place"), reached(undisturbed, target)
     codes = chain(lives, place, target, windows)
     assert place.names("todo") == set() and place.names("done") == windows
-    assert (len(codes) > len(windows) / 2) if target == "driver" else (codes == [0]), "two engines may reach two windows at once"
+    assert target == "driver" or codes == [0]
+    deaths = len(codes) - 1 if target == "driver" else len(place.names("killed"))
+    assert deaths > len(windows) / 2, "two engines may reach two windows at once, and both die of one kill"
+    assert deaths == len(windows) or target in ("driver", "node")
     assert (place.folder / "dataset").read_text() == (undisturbed.folder / "dataset").read_text()
     check(place)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.soak), 5])
+def test_a_driver_killed_while_it_finishes_a_run_has_it_finished_by_the_next_one(lives: Lives, every: int, tmp_path: Path) -> None:
+    """In every window, or every fifth one, in which a checkpoint, evaluations and the report are written."""
+    place = lives.place(tmp_path / "place")
+    assert lives.run(place) == 0
+    windows = {*sorted(f"{moment} {site}" for moment in ("before", "after") for site in FINAL_SITES)[::every]}
+    codes = chain(lives, place, "driver", windows, what=finish)
+    assert place.names("todo") == set() and place.names("done") == windows and len(codes) == len(windows) + 1
+    check(place)
+    (run,) = place.store.glob("runs/*/manifest.json")
+    manifest = place.store.read_json(run)
+    assert len(manifest["evaluations"]) == 2 and manifest["checkpoints"] == ["checkpoints/sft-0"]
 
 
 CHANGES = [edit_clause, "judge.k=3", "generate.shard_rows=5", "generate.engine.engines=1"]
@@ -149,7 +163,7 @@ def test_on_s3_too_whatever_is_killed_nothing_is_lost_or_doubled(bucket: str, un
 def test_engines_of_vllm_are_killed_and_nothing_is_lost_or_doubled(lives: Lives, target: str, tiny_model: str, tmp_path: Path) -> None:
     """Once per target, in the middle of the work; `child` is the process in which vLLM computes."""
     vllm = {"model": tiny_model, "dtype": "float32", "engines": 2, "max_num_seqs": 8, "max_model_len": 4096, "kv_cache_gib": 0.3}
-    place = lives.place(tmp_path / "place", engine=vllm)
+    place = lives.place(tmp_path / "place", engine=vllm, groups=1)
     codes = chain(lives, place, target, {"after create completions shard"})
     assert place.names("todo") == set() and len(codes) == (2 if target == "driver" else 1)
     check(place)

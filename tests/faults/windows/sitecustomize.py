@@ -1,75 +1,102 @@
 """On the path of every Python process of a kill test: each durable write has a window before and one after it, where something is killed.
 
 The folder that SPECMILL_WINDOWS names says what: files of `todo` are windows that have not been struck yet, `target` is what is killed
-there, `driver`, `node` and `actors/` hold process ids. Windows that were passed are noted in `seen`, those that were struck in `done`.
+there, `driver`, `node` and `actors/` hold process ids. Windows that were passed are noted in `seen`, those that were struck in `done`,
+what died in `killed`; `deaths` wait for an engine.
 """
 
 import importlib.abc
 import importlib.util
 import os
-import re
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 
 FOLDER = Path(os.environ["SPECMILL_WINDOWS"])
 
 
 def site(path):
-    """What kind of file is written: numbers and hashes are left out."""
+    """What kind of file is written: numbers, names and hashes are left out."""
     if path.startswith(".probe"):
         return "probe"
     stage, _, rest = path.partition("/")
-    for pattern, kind in (
-        ("ledger/snapshot-", "snapshot"), ("ledger/", "entry"), ("shards/", "shard"), ("manifest.json", "manifest"),
-        ("README.md", "card"), ("/(parts|data|audit|capability|quarantined)/", ""),
-    ):  # fmt: skip
-        found = re.search(pattern, rest)
-        if found:
-            return f"{stage} {kind or found.group(1)}"
+    if stage in ("completions", "judgements") or "/ledger/" in rest:
+        kinds = {"shards/": "shard", "ledger/snapshot-": "snapshot", "ledger/": "entry"}
+    else:
+        kinds = {name: name.strip("/") for name in KINDS.get(stage, ())}
+    for part, kind in kinds.items():
+        if part in rest:
+            return f"{stage} {kind}"
     raise AssertionError(f"a kind of file that this test does not know: {path}")
+
+
+KINDS = {
+    "prompts": ("/parts/", "/capability/", "/quarantined/", "manifest.json"),
+    "datasets": ("/data/", "/spare/", "/preferences/", "/audit/", "README.md", "manifest.json"),
+    "rows": (".parquet",),
+    "rollouts": ("/step-",),
+    "checkpoints": ("manifest.json",),
+    "evaluations": (".parquet", "manifest.json"),
+    "runs": (".png", "report.md", "manifest.json"),
+}
+"""First folder -> what names of files below it hold, beside those of a ledger. `rows` is where a checkpoint is trained."""
 
 
 def window(name):
     (FOLDER / "seen" / name).touch()
+    target = (FOLDER / "target").read_text()
+    if target in ("actor", "child") and not any(any((FOLDER / kind).iterdir()) for kind in ("actors", "killed")):
+        return  # there is none yet: the window is struck when it is passed again
     try:
         os.rename(FOLDER / "todo" / name, FOLDER / "done" / name)
     except FileNotFoundError:
         return
-    strike((FOLDER / "target").read_text())
+    strike(target)
 
 
 def strike(target):
     if target == "engine":
-        (FOLDER / "engine dies").touch()
+        (FOLDER / "deaths" / uuid.uuid4().hex).touch()
         return
+    if target == "self":
+        os.kill(os.getpid(), signal.SIGKILL)
     if target == "child":
         for actor in sorted((FOLDER / "actors").iterdir()):
             for child in children(actor.name):
-                os.kill(child, signal.SIGKILL)
+                kill(child)
                 return
         raise AssertionError("no engine runs as a child of its actor")
     if target == "actor":
         mine = FOLDER / "actors" / str(os.getpid())
-        victims = [mine] if mine.exists() else sorted((FOLDER / "actors").iterdir())
-        for victim in victims:
-            victim.unlink(missing_ok=True)
-            try:
-                os.kill(int(victim.name), signal.SIGKILL)
-                return
-            except ProcessLookupError:
-                continue
-        return
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for victim in [mine] if mine.exists() else sorted((FOLDER / "actors").iterdir()):
+                victim.unlink(missing_ok=True)
+                try:
+                    kill(int(victim.name))
+                    return
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.2)  # those that were killed before have no successors yet
+        raise AssertionError("no actor is left")
     deadline = time.monotonic() + 30
     while True:
         try:
-            os.kill(int((FOLDER / target).read_text()), signal.SIGKILL)
+            kill(int((FOLDER / target).read_text()))
             break
         except ProcessLookupError:  # the node that was killed before has no successor yet
             assert time.monotonic() < deadline
             time.sleep(0.2)
     time.sleep(1 if target == "driver" else 0)
+
+
+def kill(process):
+    """Kills a process and counts it. Raises ProcessLookupError when it is gone already."""
+    os.kill(process, 0)
+    (FOLDER / "killed" / uuid.uuid4().hex).touch()
+    os.kill(process, signal.SIGKILL)
 
 
 def children(parent):
@@ -83,9 +110,9 @@ def children(parent):
 def patch_store(module):
     write = module.Store._write
 
-    def stopping(self, action, path, content=b""):
+    def stopping(self, action, path, *rest, **named):
         window(f"before {action} {site(path)}")
-        write(self, action, path, content)
+        write(self, action, path, *rest, **named)
         window(f"after {action} {site(path)}")
 
     module.Store._write = stopping
@@ -97,13 +124,18 @@ def patch_engine(module):
     complete = module.FakeEngine.complete
 
     async def mortal(self, *arguments):
-        try:
-            (FOLDER / "engine dies").unlink()
-        except FileNotFoundError:
-            return await complete(self, *arguments)
-        raise module.EngineDied("its process was killed")
+        for death in (FOLDER / "deaths").iterdir():
+            try:
+                death.rename(FOLDER / "killed" / death.name)
+            except FileNotFoundError:  # another engine's
+                continue
+            raise module.EngineDied("its process was killed")
+        return await complete(self, *arguments)
 
-    module.FakeEngine.complete = mortal
+    async def load_weights(self, path, version):
+        """These answers are no model's."""
+
+    module.FakeEngine.complete, module.FakeEngine.load_weights = mortal, load_weights
 
 
 class Patches(importlib.abc.MetaPathFinder):
