@@ -6,6 +6,7 @@ well formed, the judge is really asked, and a thought that reached the judge wou
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 import yaml
 from ray import cloudpickle
 from scripted_model import CANARY, CATEGORIES
+from write_sites import DATA_SITES, FINAL_SITES, FOLDERS, ROLLOUT_SITES, WINDOWS
 
 from cluster.chat import Chat, Turn
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
@@ -83,7 +85,23 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[None]:
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this process and those of Ray note every durable write, as they do in the kill matrix. Nothing is killed here."""
+    folder = tmp_path_factory.mktemp("windows")
+    for name in FOLDERS:
+        (folder / name).mkdir()
+    (folder / "target").write_text("nobody")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECMILL_WINDOWS", str(folder))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(WINDOWS), os.environ.get("PYTHONPATH", "")]))
+        patch.setattr(Store, "_write", Store._write)  # is put back in the end
+        patch.setattr(sys, "meta_path", list(sys.meta_path))
+        runpy.run_path(str(WINDOWS / "sitecustomize.py"))["patch_store"](sys.modules[Store.__module__])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def servers(windows: Path) -> Iterator[None]:
     """One Prefect server and one Ray for all runs of this file."""
     import ray
     from prefect.testing.utilities import prefect_test_harness
@@ -186,6 +204,12 @@ def test_the_run_ends_with_a_report_and_every_row_accounted_for(chain: dict[str,
     report = (chain["folder"] / "report.md").read_text()
     assert "not calibrated" in report.splitlines()[0] and "135M" in report.splitlines()[0]
     assert all(name in report for name in ("base", "sft", "rl", *CATEGORIES))
+
+
+def test_every_durable_write_of_a_whole_run_is_one_in_whose_windows_something_is_killed(chain: dict[str, Any], windows: Path) -> None:
+    sites = {name.name.partition(" ")[2] for name in (windows / "seen").iterdir()}
+    assert {"create completions shard", "create rows .parquet", "create rollouts step-", "replace runs manifest.json"} <= sites
+    assert sites <= DATA_SITES | FINAL_SITES | ROLLOUT_SITES
 
 
 def test_the_dataset_opens_with_datasets_and_holds_no_policy(chain: dict[str, Any], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pytest
 import yaml
+from write_sites import FOLDERS, WINDOWS
 
 from flows.config import RunRequest
 from flows.inspect import problems
@@ -30,26 +31,10 @@ from tasks.wanted import NOT_JUDGED
 SPECS = Path(__file__).parent.parent.parent / "specs"
 CATEGORIES = ("violence", "self-harm")
 TARGETS = ("driver", "actor", "engine", "node")
-FOLDERS = ("todo", "done", "seen", "actors", "deaths", "killed")
 BEFORE_ENGINES = ("probe", "prompts")
 """Sites that are passed before there is an engine that could be killed."""
 AFTER_REQUESTS = ("datasets",)
 """Sites that are passed when no engine is asked for anything any more."""
-DATA_SITES = {
-    "create probe", "delete probe",
-    "create prompts parts", "replace prompts manifest.json",
-    "create completions shard", "create completions entry", "create completions snapshot",
-    "create judgements shard", "create judgements entry", "create judgements snapshot",
-    "create datasets entry", "create datasets data", "create datasets audit", "create datasets spare", "create datasets preferences",
-    "replace datasets README.md", "replace datasets manifest.json",
-}  # fmt: skip
-"""Every durable write of the data stages."""
-FINAL_SITES = {
-    "create checkpoints entry", "create rows .parquet", "replace checkpoints manifest.json",
-    "create evaluations entry", "create evaluations .parquet", "create evaluations manifest.json",
-    "replace runs .png", "replace runs report.md", "replace runs manifest.json",
-}  # fmt: skip
-"""Those that follow, but for RL's rollouts."""
 GROUP_ROWS = 4
 """Prompts of a scenario group. The second and fourth group of a file are for SFT, the third is for evaluation."""
 LIVES = 80
@@ -73,6 +58,8 @@ class Place:
         for name in CATEGORIES:
             rows = (SPECS / "prompts" / f"{name}.jsonl").read_text().splitlines(keepends=True)
             (folder / "prompts" / f"{name}.jsonl").write_text("".join(rows[GROUP_ROWS : GROUP_ROWS * (1 + groups)]))
+        capability = (SPECS / "prompts" / "capability.jsonl").read_text().splitlines(keepends=True)
+        (folder / "prompts" / "more.jsonl").write_text(capability[0] + '{"id": "no-prompt"}\n')
         content = {
             "version": 1,
             "name": "kills",
@@ -154,9 +141,8 @@ class Lives:
         from ray.cluster_utils import Cluster
 
         self.current = folder / "current"
-        windows = str(Path(__file__).parent / "windows")
         os.environ["SPECMILL_WINDOWS"] = str(self.current)
-        os.environ["PYTHONPATH"] = os.pathsep.join([windows, os.environ.get("PYTHONPATH", "")])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(WINDOWS), os.environ.get("PYTHONPATH", "")])
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         os.environ["RAY_ADDRESS"] = self.cluster.address

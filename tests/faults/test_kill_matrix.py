@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
-from lives import DATA_SITES, FINAL_SITES, TARGETS, Lives, Place, chain, check, collection, edit_clause, finish, reached
+from lives import TARGETS, Lives, Place, chain, check, collection, edit_clause, finish, reached
 from s3_server import KEY, SECRET, S3Server
+from write_sites import DATA_SITES, FINAL_SITES
 
 from tasks import ledger
 

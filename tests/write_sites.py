@@ -1,0 +1,25 @@
+"""Every kind of durable write that a run makes. In the windows before and after each of them something is killed by a test."""
+
+from pathlib import Path
+
+WINDOWS = Path(__file__).parent / "faults" / "windows"
+"""On the path of a Python process it makes durable writes known, or deadly."""
+FOLDERS = ("todo", "done", "seen", "actors", "deaths", "killed")
+"""What it works with; see there."""
+DATA_SITES = {
+    "create probe", "delete probe",
+    "create prompts parts", "create prompts capability", "create prompts quarantined", "replace prompts manifest.json",
+    "create completions shard", "create completions entry", "create completions snapshot",
+    "create judgements shard", "create judgements entry", "create judgements snapshot",
+    "create datasets entry", "create datasets data", "create datasets audit", "create datasets spare", "create datasets preferences",
+    "replace datasets README.md", "replace datasets manifest.json",
+}  # fmt: skip
+"""Every durable write of the data stages."""
+FINAL_SITES = {
+    "create checkpoints entry", "create rows .parquet", "replace checkpoints manifest.json",
+    "create evaluations entry", "create evaluations .parquet", "create evaluations manifest.json",
+    "replace runs .png", "replace runs report.md", "replace runs manifest.json",
+}  # fmt: skip
+"""Those that follow, but for RL's rollouts."""
+ROLLOUT_SITES = {"create rollouts step-", "create rollouts entry"}
+"""Those of a rank that has rollouts drawn."""
