@@ -18,9 +18,8 @@ STAGES = ("completions", "judgements")
 
 def read_manifest(path: str) -> dict[str, Any]:
     """The manifest of a directory, or of the file itself. Raises UserError when there is none."""
-    place = path if os.path.isdir(path) or "://" in path else str(Path(path).parent)
     try:
-        manifest: dict[str, Any] | None = Store(place).read_json("manifest.json", ANY)
+        manifest: dict[str, Any] | None = Store(_folder(path)).read_json("manifest.json", ANY)
     except Corrupt as error:
         raise UserError(f"no manifest of Specmill's: {error}") from error
     if manifest is None:
@@ -37,8 +36,12 @@ def describe(path: str, manifest: dict[str, Any]) -> str:
     lines.append("lineage:")
     provenance = {name: value for name, value in manifest.get("provenance", {}).items() if name != "parameters"}
     lines += [f"  {name}: {json.dumps(value)}" for name, value in provenance.items()]
-    if "funnel" in manifest:
-        lines += ["", funnel_markdown(manifest["funnel"])]
+    datasets = [manifest]
+    if manifest["kind"] == "run":
+        datasets = [_root_of(Store(_folder(path))).read_json(f"{part}/manifest.json", ANY) or {} for part in manifest["datasets"]]
+    for dataset in datasets:
+        if "funnel" in dataset:
+            lines += ["", funnel_markdown(dataset["funnel"])]
     return "\n".join(lines)
 
 
@@ -61,12 +64,22 @@ def problems(path: str) -> tuple[list[str], int]:
         return found, checked
     found, checked = _manifest_problems(store, "")
     if manifest["kind"] == "run":
-        place = store.base if store.local else path.rstrip("/")
-        root = Store(place.rsplit("/", 2)[0])
+        root = _root_of(store)
         for part in [*manifest["datasets"], *manifest["checkpoints"], *manifest["evaluations"]]:
             off, count = _manifest_problems(root, part)
             found, checked = found + off, checked + count
     return found, checked
+
+
+def _folder(path: str) -> str:
+    """The directory that is meant by a path of it or of its manifest."""
+    return path if os.path.isdir(path) or "://" in path else str(Path(path).parent)
+
+
+def _root_of(run: Store) -> Store:
+    """The root above a run's directory."""
+    place = run.base if run.local else run.root.rstrip("/")
+    return Store(place.rsplit("/", 2)[0])
 
 
 def _manifest_problems(store: Store, folder: str) -> tuple[list[str], int]:

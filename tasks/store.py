@@ -104,11 +104,18 @@ class Store:
         return f"{self.base}/{path}"
 
     def check_writable(self) -> None:
-        """Raises UserError when nothing can be written under the root."""
+        """Raises UserError when nothing can be written under the root, or when a second file of one name would replace the first."""
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self._write("create", probe, probe.encode())
-            self._write("delete", probe)
+            try:
+                self._write("create", probe, b"")
+            except FileExistsError:
+                pass
+            else:
+                raise UserError(f"root {self.root!r}: writes over what is there instead of refusing to. It needs conditional writes.")
+            finally:
+                self._write("delete", probe)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not self.local:
                 raise UserError(f"root {self.root!r}: there is no such bucket. Make it, or choose another root.") from error

@@ -31,7 +31,7 @@ from cluster.errors import UserError
 from cluster.fleet import Fleet, Line, Stage
 from cluster.pool import Pool
 from flows.config import RunRequest
-from flows.inspect import problems
+from flows.inspect import describe, problems, read_manifest
 from flows.replay import replay
 from tasks import rl, thoughts
 from tasks.garbage import garbage
@@ -201,6 +201,7 @@ def test_the_run_ends_with_a_report_and_every_row_accounted_for(chain: dict[str,
     assert counts["complete"] == {"wanted": 32, "reused": 0, "made": 32, "lost_shards": 0}
     assert counts["judge"]["made"] == counts["judge"]["wanted"] == 2 * (32 - counts["judge"]["gated"])
     assert counts["select"]["kept"] + counts["select"]["dropped"] == 32 and counts["select"]["categories"] == 2
+    assert "| self-harm | 16 |" in describe(str(chain["folder"]), read_manifest(str(chain["folder"]))), "it shows the funnel"
     report = (chain["folder"] / "report.md").read_text()
     assert "not calibrated" in report.splitlines()[0] and "135M" in report.splitlines()[0]
     assert all(name in report for name in ("base", "sft", "rl", *CATEGORIES))

@@ -37,6 +37,12 @@ def test_layers_parent_file_changes(tmp_path: Path):
     assert (config.select.threshold, config.generate.engine.engines) == (2, 3)
 
 
+def test_a_change_of_what_an_alias_stands_for_is_one_in_its_place_alone(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("version: 1\ngenerate: {engine: &served {engines: 2}}\njudge: {engine: *served}\n")
+    config = load_run(RunRequest(file=str(tmp_path / "run.yaml"), changes=["judge.engine.engines=3"]))
+    assert (config.generate.engine.engines, config.judge.engine.engines) == (2, 3)
+
+
 def test_worker_and_shard_counts_are_no_parameters_of_a_run():
     one = load_run(RunRequest(file=str(RUNS / "demo.yaml")))
     other = load_run(

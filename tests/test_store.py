@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+import tasks.store
 from cluster.errors import SpecmillError, UserError
 from cluster.serving import Usage
 from flows.inspect import problems
@@ -134,6 +135,14 @@ def test_an_unwritable_root_is_the_users_mistake(tmp_path: Path):
         Store(str(tmp_path / "file" / "root")).check_writable()
     with pytest.raises(UserError, match="cannot be opened"):
         Store("nothing://root")
+
+
+def test_a_root_that_writes_over_what_is_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write = tasks.store._write_file
+    monkeypatch.setattr(tasks.store, "_write_file", lambda action, *file: write("replace" if action == "create" else action, *file))
+    with pytest.raises(UserError, match="instead of refusing to"):
+        Store(str(tmp_path)).check_writable()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_says_that_another_one_is_writing(store: Store):

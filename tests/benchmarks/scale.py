@@ -48,7 +48,7 @@ def policies() -> list[Path]:
 
 
 def write_run(folder: Path, engines: int, root: str) -> None:
-    """The run file: nothing is compared for overlap, which has a measurement of its own."""
+    """The run file: nothing is compared for overlap, and the engines count characters instead of tokens."""
     engine = {"backend": "fake", "engines": engines, "max_num_seqs": 256, "fake": {"tokenizes": False}}
     content = {
         "version": 1,
