@@ -81,6 +81,17 @@ def test_an_engine_without_room_joins_when_a_machine_does_and_all_room_is_given_
     assert free_cores(ray, 1) == 1
 
 
+def test_a_machine_that_leaves_takes_its_engine_along_and_the_rest_completes(machines: Any) -> None:
+    added, seen = machines.add_node(num_cpus=1), list[int]()
+    with Pool(EngineConfig(backend="fake", engines=2, max_num_seqs=2)) as pool:
+        for number, done in enumerate(pool.map(PIDS, list(range(150)))):
+            seen.append(done.result)
+            if added and number > 20 and len(set(seen)) == 2:
+                machines.remove_node(added)
+                added = None
+    assert added is None and len(seen) == 150 and len(set(seen[-20:])) == 1, "the one that is left does the rest"
+
+
 def test_an_engine_that_no_machine_has_room_for_is_told_and_not_waited_for(machines: Any) -> None:
     wide, many = EngineConfig(backend="fake", tensor_parallel=2), EngineConfig(backend="fake", engines=2)
     with Pool(wide) as pool, pytest.raises(UserError, match=r"2 of them on one machine.* Lower .*`tensor_parallel`"):

@@ -127,6 +127,21 @@ def test_a_request_that_hangs_alone_is_given_up_by_an_engine_that_answers_others
         run(metered.complete(PROMPT, Sampling(1.0, 8, 1)))
 
 
+def test_a_request_that_has_no_memory_is_given_up_by_an_engine_that_answers_others(short_pauses: None) -> None:
+    class Small(FakeEngine):
+        """Has no memory for one prompt."""
+
+        async def complete(self, turns: Sequence[Turn], sampling: Sampling) -> Completion:
+            if turns == PROMPT:
+                raise MemoryError
+            return await super().complete(turns, sampling)
+
+    plain = engine()
+    metered = served(Small(fake_model(plain.config), plain.config), attempts=2)
+    with pytest.raises(NotAnswered, match="the last: out of memory"):
+        run(metered.complete(PROMPT, Sampling(1.0, 8, 1)))
+
+
 def test_an_engine_that_answers_nobody_ends_the_run_and_gives_nothing_up(short_pauses: None) -> None:
     with pytest.raises(SpecmillError, match=r"500.*0\.5 s\. What is made is kept"):
         run(served(engine(error=1.0), attempts=2, request_seconds=0.5).complete(PROMPT, Sampling(1.0, 8, 1)))
