@@ -1,11 +1,13 @@
 """Fixtures that several rooms share: a tiny model for tests that need no language, and the folder of real data sets."""
 
 import os
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from write_sites import FOLDERS, WINDOWS
 
 from cluster.models import copy_tokenizer, resolve_model
 
@@ -113,3 +115,21 @@ def specmill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return (int(ended.value.code or 0), *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this process and those of Ray note every durable write, as in the kill matrix. Nothing is killed until a target is named."""
+    import tasks.store
+
+    folder = tmp_path_factory.mktemp("windows")
+    for name in FOLDERS:
+        (folder / name).mkdir()
+    (folder / "target").write_text("nobody")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECMILL_WINDOWS", str(folder))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(WINDOWS), os.environ.get("PYTHONPATH", "")]))
+        patch.setattr(tasks.store.Store, "_write", tasks.store.Store._write)  # is put back in the end
+        patch.setattr(sys, "meta_path", list(sys.meta_path))
+        runpy.run_path(str(WINDOWS / "sitecustomize.py"))["patch_store"](tasks.store)
+        yield folder

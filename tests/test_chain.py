@@ -6,7 +6,6 @@ well formed, the judge is really asked, and a thought that reached the judge wou
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import pytest
 import yaml
 from ray import cloudpickle
 from scripted_model import CANARY, CATEGORIES
-from write_sites import DATA_SITES, FINAL_SITES, FOLDERS, ROLLOUT_SITES, WINDOWS
+from write_sites import DATA_SITES, FINAL_SITES, ROLLOUT_SITES
 
 from cluster.chat import Chat, Turn
 from cluster.engine import Completion, Engine, EngineConfig, Sampling
@@ -82,22 +81,6 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
     file = folder / "chain.yaml"
     file.write_text(yaml.safe_dump(content))
     return file
-
-
-@pytest.fixture(scope="module")
-def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where this process and those of Ray note every durable write, as they do in the kill matrix. Nothing is killed here."""
-    folder = tmp_path_factory.mktemp("windows")
-    for name in FOLDERS:
-        (folder / name).mkdir()
-    (folder / "target").write_text("nobody")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPECMILL_WINDOWS", str(folder))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(WINDOWS), os.environ.get("PYTHONPATH", "")]))
-        patch.setattr(Store, "_write", Store._write)  # is put back in the end
-        patch.setattr(sys, "meta_path", list(sys.meta_path))
-        runpy.run_path(str(WINDOWS / "sitecustomize.py"))["patch_store"](sys.modules[Store.__module__])
-        yield folder
 
 
 @pytest.fixture(scope="module")

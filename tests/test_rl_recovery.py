@@ -19,6 +19,7 @@ import pytest
 import rl_jobs
 from rl_jobs import RAY_ENVIRONMENT, STEPS, job_of, lines_of, policy_of, recovery_config
 from scripted_model import teach
+from write_sites import ROLLOUT_SITES
 
 from cluster.models import resolve_model
 from cluster.pool import Pool
@@ -41,7 +42,7 @@ def model(request: pytest.FixtureRequest, scripted_model: str, tmp_path_factory:
 
 
 @pytest.fixture(scope="module")
-def policy(model: str) -> Iterator[Pool]:
+def policy(model: str, windows: Path) -> Iterator[Pool]:
     """One engine that takes weights, on a Ray of this file."""
     from cluster.session import ray_session
 
@@ -107,6 +108,20 @@ def assert_the_same(undisturbed: Path, root: Path) -> None:
     order = [[(row["step"], row["group"], row["prompt_id"]) for row in rows_of(each)] for each in (undisturbed, root)]
     assert order[0] == order[1], "the same prompts in the same order, and nothing drawn twice"
     assert [line["loss"] for line in found[:2]] == pytest.approx([line["loss"] for line in expected[:2]], abs=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("site", sorted(ROLLOUT_SITES))
+def test_a_rank_killed_before_and_after_it_writes_rollouts_draws_nothing_twice(
+    undisturbed: Path, policy: Pool, windows: Path, tmp_path: Path, site: str
+) -> None:
+    for moment in ("before", "after"):
+        (windows / "todo" / f"{moment} {site}").touch()
+    (windows / "target").write_text("self")
+    rl.train_rl(job_of(policy, tmp_path, recovery_config()), str(tmp_path))
+    (windows / "target").write_text("nobody")
+    assert not list((windows / "todo").iterdir())
+    assert_the_same(undisturbed, tmp_path)
 
 
 @pytest.mark.soak
