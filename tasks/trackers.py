@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, Protocol
 
 from cluster.errors import UserError
@@ -85,11 +84,11 @@ class MlflowTracker:
 TRACKERS: dict[TrackerName, Callable[[str], Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
-def check_trackers(names: Iterable[TrackerName]) -> None:
+def check_trackers(names: Sequence[TrackerName]) -> None:
     """Raises UserError for a tracker that is not installed or not told where to send to."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"trackers: {name} is not installed: pip install 'specmill[{name}]'.")
+            raise UserError(f"trackers: {name} is not installed. Install this distribution with its extra: pip install '.[{name}]'.")
     if "wandb" in names and not ("WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") in ("offline", "disabled")):
         raise UserError("trackers: wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline.")
     if "mlflow" in names and "MLFLOW_TRACKING_URI" not in os.environ:
@@ -104,23 +103,25 @@ class Mirror:
 
     def show(self, lines: Sequence[dict[str, Any]]) -> None:
         """Gives each tracker the lines of a log that it does not know yet."""
-        for name, tracker in list(self._trackers.items()):
+
+        def send(tracker: Tracker) -> None:
             for line in lines:
                 if line["step"] > tracker.last:
-                    metrics = {field: float(value) for field, value in line.items() if isinstance(value, int | float)}
-                    self._attempt(name, partial(tracker.log, line["step"], metrics))
+                    tracker.log(line["step"], {name: float(value) for name, value in line.items() if isinstance(value, int | float)})
                     tracker.last = line["step"]
+
+        self._each(send)
 
     def close(self) -> None:
         """Waits until the trackers have everything."""
-        for name, tracker in list(self._trackers.items()):
-            self._attempt(name, tracker.close)
+        self._each(lambda tracker: tracker.close())
 
-    def _attempt(self, name: TrackerName, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            if self._trackers.pop(name, None):
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                call(tracker)
+            except Exception as error:
+                del self._trackers[name]
                 say(f"  {name:<10} takes no more metrics ({error}); metrics.jsonl has them all")
 
 
