@@ -210,9 +210,6 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
-    if judge is not generator and judge.model == generator.model and judge.config.backend != "openai":
-        differ = [name for name in EngineConfig.model_fields if getattr(judge.config, name) != getattr(generator.config, name)]
-        say(f"  judge      has engines of its own, of the generator's model: judge.engine differs in {', '.join(differ)}")
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
     if config.evaluate.engine.remote:
         raise UserError("evaluate.engine.backend: an endpoint takes no weights, and RL and evaluation replace them by each checkpoint's.")
@@ -331,6 +328,10 @@ def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
     if overlap["near_duplicates"] or overlap["contaminated"]:
         found = f"{overlap['near_duplicates']} near-duplicates, {overlap['contaminated']} like evaluation prompts"
         say(f"  overlap: {found}, {overlap['dropped']} dropped (`specmill prompts check` shows them)")
+    generator, judge = workspace.generator, workspace.judge
+    if judge is not generator and judge.model == generator.model and not judge.config.remote:
+        differ = [name for name in EngineConfig.model_fields if getattr(judge.config, name) != getattr(generator.config, name)]
+        say(f"  judge      has engines of its own, of the generator's model: judge.engine differs in {', '.join(differ)}")
     stack.enter_context(ray_session())
     for pool in workspace.pools:
         stack.enter_context(pool)

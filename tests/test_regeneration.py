@@ -6,7 +6,6 @@ The engines are fake and say what their seed says, so that it is known what has 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,9 @@ from tasks.keyset import keys_of
 from tasks.ledger import Ledger
 from tasks.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 PROMPTS = 16
 STAGES = ("completions", "judgements")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray() -> Iterator[None]:
-    """One Ray for the runs of this file."""
-    import ray
-
-    from cluster.session import ray_session
-
-    with ray_session(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-        yield
 
 
 @pytest.fixture
@@ -103,7 +90,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_again_and_then_quarantined(f
     assert all(row["raw"][0] != row["raw"][1] for row in (*mended, *given_up)), [row["raw"] for row in given_up]
     assert {row["quarantined"] for row in given_up} == {"verdict not parsable after 2 attempts"}
     assert all(row["score"] is None and len(row["raw"]) == 2 for row in given_up)
-    assert run.dataset is None and run.notes["select"]["kept"] == PROMPTS - len(given_up), "without a score there is no row"
+    assert run.notes["select"]["kept"] == PROMPTS - len(given_up), "without a score there is no row"
 
 
 def test_a_prompt_that_kills_engines_is_quarantined_with_the_reason_and_the_rest_completes(file: Path) -> None:
@@ -177,7 +164,8 @@ def test_gc_shows_what_nothing_names_and_removes_it_only_when_it_is_told_to(file
 
 
 def test_one_engine_section_is_one_pool_and_two_of_one_model_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = prepare(RunRequest(file=str(file)), trains=False)
-    assert run.judge is run.generator and "of their own" not in capsys.readouterr().err
-    run = prepare(RunRequest(file=str(file), changes=["judge.engine.max_num_seqs=3"]), trains=False)
-    assert run.judge is not run.generator and "max_num_seqs" in capsys.readouterr().err
+    with opened(RunRequest(file=str(file)), trains=False) as run:
+        assert run.judge is run.generator and "of its own" not in capsys.readouterr().err
+    with opened(RunRequest(file=str(file), changes=["judge.engine.max_num_seqs=3"]), trains=False) as run:
+        assert run.judge is not run.generator
+        assert capsys.readouterr().err.count("has engines of its own, of the generator's model: judge.engine differs in max_num_seqs") == 1
