@@ -182,7 +182,8 @@ class Store:
         except FileNotFoundError:
             return
         for path, about in sorted(found.items()):
-            changed = about["mtime"] if "mtime" in about else about["LastModified"]
+            known = next((name for name in ("mtime", "LastModified") if name in about), None)
+            changed = about[known] if known else self.fs.modified(path)
             seconds = changed if isinstance(changed, float) else changed.timestamp()
             yield str(path).removeprefix(f"{self.base}/"), int(about["size"]), seconds
 

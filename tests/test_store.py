@@ -137,6 +137,14 @@ def test_an_unwritable_root_is_the_users_mistake(tmp_path: Path):
         Store("nothing://root")
 
 
+@pytest.mark.parametrize("root", ["memory://files-of-a-root", ""])
+def test_files_are_told_with_their_size_and_age(tmp_path: Path, root: str):
+    store = Store(root or str(tmp_path))
+    store.put("a/b.json", b"{}")
+    ((path, size, written),) = store.files("a")
+    assert (path, size) == ("a/b.json", 2) and abs(time.time() - written) < 60
+
+
 def test_a_root_that_writes_over_what_is_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write = tasks.store._write_file
     monkeypatch.setattr(tasks.store, "_write_file", lambda action, *file: write("replace" if action == "create" else action, *file))
