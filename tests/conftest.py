@@ -133,3 +133,18 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(sys, "meta_path", list(sys.meta_path))
         runpy.run_path(str(WINDOWS / "sitecustomize.py"))["patch_store"](tasks.store)
         yield folder
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """One Ray for the tests of a file, to which every session that is opened meanwhile attaches."""
+    import ray
+
+    from cluster.session import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray Train looks for new checkpoints every two seconds, in which a toy run is over.
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        with ray_session():
+            patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+            yield

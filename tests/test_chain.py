@@ -5,6 +5,7 @@ well formed, the judge is really asked, and a thought that reached the judge wou
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -44,6 +45,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engine actors do 
 
 SPECS = Path(__file__).parent.parent / "specs"
 LIMIT = 40
+ROWS_PER_STEP = 16
 PROBE = "Which bird nests on a cliff?"
 
 
@@ -66,7 +68,7 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
         "generate": {"engine": engine, "n": 1, "thought_characters": 60, "answer_characters": 60, "max_tokens": 800},
         "judge": {"engine": engine, "k": 2, "temperature": 1.0},
         "select": {"threshold": 1},
-        "sft": {"epochs": 1, "rows_per_step": 16, "training": training, "development": {"every_steps": 1, "max_tokens": LIMIT}},
+        "sft": {"epochs": 1, "rows_per_step": ROWS_PER_STEP, "training": training, "development": {"every_steps": 1, "max_tokens": LIMIT}},
         "rl": {
             "steps": 2,
             "prompts_per_step": 4,
@@ -84,15 +86,11 @@ def run_file(scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def servers(windows: Path) -> Iterator[None]:
+def servers(windows: Path, local_ray: None) -> Iterator[None]:
     """One Prefect server and one Ray for all runs of this file."""
-    import ray
     from prefect.testing.utilities import prefect_test_harness
 
-    from cluster.session import ray_session
-
-    with prefect_test_harness(server_startup_timeout=180), ray_session(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    with prefect_test_harness(server_startup_timeout=180):
         yield
 
 
@@ -192,7 +190,7 @@ def test_the_run_ends_with_a_report_and_every_row_accounted_for(chain: dict[str,
 
 def test_every_durable_write_of_a_whole_run_is_one_in_whose_windows_something_is_killed(chain: dict[str, Any], windows: Path) -> None:
     sites = {name.name.partition(" ")[2] for name in (windows / "seen").iterdir()}
-    assert {"create completions shard", "create rows .parquet", "create rollouts step-", "replace runs manifest.json"} <= sites
+    assert {"create completions shard", "create rows shard", "create rollouts shard", "replace runs manifest"} <= sites
     assert sites <= DATA_SITES | FINAL_SITES | ROLLOUT_SITES
 
 
@@ -210,7 +208,8 @@ def test_the_dataset_opens_with_datasets_and_holds_no_policy(chain: dict[str, An
 def test_sft_is_looked_at_on_the_development_split_and_the_best_step_is_kept(chain: dict[str, Any]) -> None:
     (path,) = (chain["root"] / "checkpoints").glob("sft-*")
     lines = [json.loads(line) for line in (path / "model" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) >= 2 and lines[0]["development_over_refusal_before"] == 0
+    assert len(lines) == math.ceil(stages(chain["folder"])["sft"]["rows"] / ROWS_PER_STEP)
+    assert lines[0]["development_over_refusal_before"] == 0
     looks = [(line["development_format_adherence"], line["development_verdict_accuracy"]) for line in lines]
     assert looks == [(1.0, 0.0)] * len(lines), "the script cites no verdict"
     assert {line["development_best"] for line in lines} == {1}, "of several alike the first is kept"

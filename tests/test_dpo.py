@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,7 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    """One Ray for the trainings of this file."""
-    from cluster.session import ray_session
-
-    with ray_session():
-        yield
-
-
-@pytest.fixture(scope="module")
-def learnt(session: None, rows_file: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learnt(local_ray: None, rows_file: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have learnt."""
     output = tmp_path_factory.mktemp("dpo") / "two"
     train_offline(Dpo, str(rows_file), str(toy), str(output), config(2))

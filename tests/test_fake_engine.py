@@ -147,6 +147,14 @@ def test_an_engine_that_answers_nobody_ends_the_run_and_gives_nothing_up(short_p
         run(served(engine(error=1.0), attempts=2, request_seconds=0.5).complete(PROMPT, Sampling(1.0, 8, 1)))
 
 
+def test_an_engine_stalls_from_a_request_on() -> None:
+    async def answers(stalling: FakeEngine) -> list[bool]:
+        tries = [asyncio.wait({asyncio.ensure_future(stalling.complete(PROMPT, Sampling(1.0, 8, 1)))}, timeout=0.5) for _ in range(3)]
+        return [bool((await each)[0]) for each in tries]
+
+    assert asyncio.run(answers(engine(stall_at=2))) == [True, False, False]
+
+
 def test_an_engine_that_answers_nothing_is_declared_dead() -> None:
     started = time.monotonic()
     with pytest.raises(EngineDied, match=r"0\.3 s"):

@@ -31,15 +31,11 @@ SPECS = Path(__file__).parent.parent / "specs"
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[None]:
+def servers(local_ray: None) -> Iterator[None]:
     """One Prefect server and one Ray for all runs of this file."""
-    import ray
     from prefect.testing.utilities import prefect_test_harness
 
-    from cluster.session import ray_session
-
-    with prefect_test_harness(server_startup_timeout=180), ray_session(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    with prefect_test_harness(server_startup_timeout=180):
         yield
 
 

@@ -8,18 +8,18 @@ FOLDERS = ("todo", "done", "seen", "actors", "deaths", "killed")
 """What it works with; see there."""
 DATA_SITES = {
     "create probe", "delete probe",
-    "create prompts parts", "create prompts capability", "create prompts quarantined", "replace prompts manifest.json",
+    "create prompts part", "create prompts capability", "create prompts quarantined", "replace prompts manifest",
     "create completions shard", "create completions entry", "create completions snapshot",
     "create judgements shard", "create judgements entry", "create judgements snapshot",
     "create datasets entry", "create datasets data", "create datasets audit", "create datasets spare", "create datasets preferences",
-    "replace datasets README.md", "replace datasets manifest.json",
+    "replace datasets card", "replace datasets manifest",
 }  # fmt: skip
 """Every durable write of the data stages."""
 FINAL_SITES = {
-    "create checkpoints entry", "create rows .parquet", "replace checkpoints manifest.json",
-    "create evaluations entry", "create evaluations .parquet", "create evaluations manifest.json",
-    "replace runs .png", "replace runs report.md", "replace runs manifest.json",
+    "create checkpoints entry", "create rows shard", "replace checkpoints manifest",
+    "create evaluations entry", "create evaluations shard", "create evaluations manifest",
+    "replace runs plot", "replace runs report", "replace runs manifest",
 }  # fmt: skip
 """Those that follow, but for RL's rollouts."""
-ROLLOUT_SITES = {"create rollouts step-", "create rollouts entry"}
+ROLLOUT_SITES = {"create rollouts shard", "create rollouts entry"}
 """Those of a rank that has rollouts drawn."""

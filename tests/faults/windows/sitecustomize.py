@@ -22,26 +22,26 @@ def site(path):
     if path.startswith(".probe"):
         return "probe"
     stage, _, rest = path.partition("/")
-    if stage in ("completions", "judgements") or "/ledger/" in rest:
-        kinds = {"shards/": "shard", "ledger/snapshot-": "snapshot", "ledger/": "entry"}
-    else:
-        kinds = {name: name.strip("/") for name in KINDS.get(stage, ())}
-    for part, kind in kinds.items():
+    for part, kind in (LEDGER | KINDS.get(stage, {})).items():
         if part in rest:
             return f"{stage} {kind}"
     raise AssertionError(f"a kind of file that this test does not know: {path}")
 
 
+LEDGER = {"ledger/snapshot-": "snapshot", "ledger/": "entry"}
+DATA = {".parquet": "shard"}
 KINDS = {
-    "prompts": ("/parts/", "/capability/", "/quarantined/", "manifest.json"),
-    "datasets": ("/data/", "/spare/", "/preferences/", "/audit/", "README.md", "manifest.json"),
-    "rows": (".parquet",),
-    "rollouts": ("/step-",),
-    "checkpoints": ("manifest.json",),
-    "evaluations": (".parquet", "manifest.json"),
-    "runs": (".png", "report.md", "manifest.json"),
+    "prompts": {"/parts/": "part", "/capability/": "capability", "/quarantined/": "quarantined", "manifest.json": "manifest"},
+    "completions": DATA,
+    "judgements": DATA,
+    "datasets": {f"/{view}/": view for view in ("data", "spare", "preferences", "audit")} | {"README": "card", "manifest.json": "manifest"},
+    "rows": DATA,
+    "rollouts": DATA,
+    "checkpoints": {"manifest.json": "manifest"},
+    "evaluations": DATA | {"manifest.json": "manifest"},
+    "runs": {".png": "plot", "report.md": "report", "manifest.json": "manifest"},
 }
-"""First folder -> what names of files below it hold, beside those of a ledger. `rows` is where a checkpoint is trained."""
+"""First folder -> part of a path below it -> what kind of file that is. `rows` is where a checkpoint is trained."""
 
 
 def window(name):
