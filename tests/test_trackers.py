@@ -53,8 +53,11 @@ def test_mlflow_has_every_step_once_though_training_was_interrupted(tmp_path: Pa
 
 
 def test_wandb_has_every_step(tmp_path: Path) -> None:
+    import wandb
+
     with mirrored(["wandb"], "sft-0123") as mirror:
         train(tmp_path / "metrics.jsonl", mirror, range(4))
+    wandb.teardown()  # its writer closes the file some time after the run's end
     (file,) = tmp_path.rglob("run-sft-0123.wandb")
     written = file.read_bytes()
     assert all(json.dumps(2.0 - step / 10).encode() in written for step in range(1, 4)) and b"alarms" not in written
