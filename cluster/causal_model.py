@@ -4,6 +4,7 @@ Logits of a long thought are larger than the model: 16,000 tokens by 128,000 wor
 computed for some hundred predictions at a time, of which only the scores stay; the backward pass computes them once more.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cluster.errors import UserError
 from cluster.models import check_trainable
+from cluster.packed_attention import row_bounds, use_packed_attention
 from cluster.training_config import TrainingConfig
 
 
@@ -40,8 +42,19 @@ class ScoredModel(torch.nn.Module):
     def __init__(self, model: Any, config: TrainingConfig) -> None:
         super().__init__()
         self.model = model
+        self.logit_tokens = config.logit_tokens
         head = self.plain.get_output_embeddings()
-        head.forward = partial(_scores_in_pieces, head, config.logit_tokens)
+        head.forward = partial(_scores_in_pieces, head, self.logit_tokens, score)
+
+    def compile_layers(self) -> None:
+        """Fuses what lies between matrix products, in each layer and in the scores, with torch's compiler."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # as transformers' decoder layers are
+                module.forward = torch.compile(module.forward, dynamic=True)
+        head = self.plain.get_output_embeddings()
+        head.forward = partial(_scores_in_pieces, head, self.logit_tokens, torch.compile(score, dynamic=True))
 
     @property
     def plain(self) -> Any:
@@ -51,12 +64,16 @@ class ScoredModel(torch.nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, learnt: Tensor, targets: Tensor, temperature: float) -> TokenScores:
         """Scores of `targets` [L], which follow the positions `learnt` [L] of `input_ids` [T]; position ids restart with every row."""
         # The one form in which transformers keeps packed rows apart: a mask of ones or a cache would silently mix them.
-        states = self.plain.get_decoder()(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False).last_hidden_state
+        bounds = row_bounds(self.plain, position_ids)
+        decoder = self.plain.get_decoder()
+        states = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, **bounds).last_hidden_state
         found: TokenScores = self.plain.get_output_embeddings()(states[0, learnt], targets, temperature)
         return found
 
 
-def _scores_in_pieces(head: Any, size: int, states: Tensor, targets: Tensor, temperature: float) -> TokenScores:
+def _scores_in_pieces(
+    head: Any, size: int, score: Callable[..., TokenScores], states: Tensor, targets: Tensor, temperature: float
+) -> TokenScores:
     """Scores of targets [L] after states [L, H], with the logits of at most `size` of them in memory."""
     weight, bias = head.weight, head.bias
 
@@ -81,7 +98,7 @@ def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenSco
     return TokenScores(logp, entropy, top)
 
 
-def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None) -> ScoredModel:
+def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None, on_gpu: bool = False) -> ScoredModel:
     """The pre-trained model in the training dtype, with fresh adapters if there are to be any.
 
     With ZeRO-3 settings no rank ever holds all of it. Raises UserError when `model_path` is no checkpoint, or of an architecture that does
@@ -91,6 +108,8 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
         raise UserError(f"model {model_path!r} is not a Hugging Face checkpoint directory; resolve the model's name first.")
     check_trainable(model_path)
     model = _pretrained(model_path, config, zero3_settings)
+    if on_gpu:
+        use_packed_attention(model)
     if config.gradient_checkpointing:
         # ZeRO-3 frees weights between forward and recomputation, which only the re-entrant form survives
         model.gradient_checkpointing_enable({"use_reentrant": config.zero_stage == 3})

@@ -257,7 +257,8 @@ class TrainingEngine:
 
     def _reference_model(self) -> torch.nn.Module:
         if self._reference is None:
-            self._reference = load(self.model_path, self.config).to(self.device).eval().requires_grad_(False)
+            model = load(self.model_path, self.config, on_gpu=self.device.type == "cuda")
+            self._reference = model.to(self.device).eval().requires_grad_(False)
         return self._reference
 
 
@@ -295,7 +296,9 @@ def _build(model_path: str, config: TrainingConfig, total_steps: int, device: to
 
     settings = config.deepspeed_settings(on_gpu=device.type == "cuda")
     torch.manual_seed(config.seed)
-    model = load(model_path, config, settings if config.zero_stage == 3 else None)
+    model = load(model_path, config, settings if config.zero_stage == 3 else None, on_gpu=device.type == "cuda")
+    if config.compile and device.type == "cuda":
+        model.compile_layers()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[weight for weight in model.parameters() if weight.requires_grad],

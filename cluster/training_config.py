@@ -83,12 +83,19 @@ class TrainingConfig(BaseModel):
         title="Gradient checkpointing",
         description="Recompute activations in the backward pass: less memory, about a third more time.",
     )
+    compile: bool = Field(
+        False,
+        title="Compile",
+        description="ZeRO 0 to 2 on GPUs: fuse a layer's small operations; the first steps take a minute more, the others a quarter less.",
+    )
     seed: int = Field(0, title="Seed", description="Seeds adapter initialisation and the order of the data.")
 
     @model_validator(mode="after")
-    def _offloads_what_is_shared_out(self) -> "TrainingConfig":
+    def _fits_the_stage(self) -> "TrainingConfig":
         if self.offload and self.zero_stage < 2:
             raise ValueError("offload: needs zero_stage 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile: needs zero_stage 0, 1 or 2; what ZeRO-3 does to each layer would be compiled anew again and again")
         return self
 
     def deepspeed_settings(self, on_gpu: bool) -> dict[str, Any]:
@@ -107,6 +114,7 @@ class TrainingConfig(BaseModel):
                 "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": True, "fused": True},
             },
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
 

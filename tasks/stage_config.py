@@ -20,7 +20,7 @@ class StageConfig(WorkersConfig):
     def recipe(self) -> dict[str, Any]:
         """The fields that make the result."""
         left_out: dict[str, Any] = dict.fromkeys(self.indifferent, True)
-        return self.model_dump(mode="json", exclude=left_out | {"training": {"logit_tokens", "offload"}})
+        return self.model_dump(mode="json", exclude=left_out | {"training": {"logit_tokens", "offload", "compile"}})
 
 
 class DevelopmentConfig(BaseModel):

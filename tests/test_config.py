@@ -66,6 +66,8 @@ def test_worker_and_shard_counts_are_no_parameters_of_a_run():
         ({"name": "Not A Name"}, ["name"]),
         ({"extends": "nothing.yaml"}, ["nothing.yaml", "no such file"]),
         ({"sft": {"training": {"zero_stage": 7}}}, ["sft.training.zero_stage"]),
+        ({"sft": {"training": {"zero_stage": 1, "offload": True}}}, ["sft.training", "offload: needs zero_stage 2 or 3"]),
+        ({"sft": {"training": {"zero_stage": 3, "compile": True}}}, ["sft.training", "compile: needs zero_stage 0, 1 or 2"]),
     ],
 )
 def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, content: dict, words: list[str]):
