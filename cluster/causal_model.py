@@ -46,8 +46,8 @@ class ScoredModel(torch.nn.Module):
         head = self.plain.get_output_embeddings()
         head.forward = partial(_scores_in_pieces, head, self.logit_tokens, score)
 
-    def compile_layers(self) -> None:
-        """Fuses what lies between matrix products, in each layer and in the scores, with torch's compiler."""
+    def fuse(self) -> None:
+        """Has torch's compiler fuse what lies between matrix products, in each layer and in the scores."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         for module in self.modules():
@@ -101,7 +101,8 @@ def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenSco
 def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None, on_gpu: bool = False) -> ScoredModel:
     """The pre-trained model in the training dtype, with fresh adapters if there are to be any.
 
-    With ZeRO-3 settings no rank ever holds all of it. Raises UserError when `model_path` is no checkpoint, or of an architecture that does
+    With ZeRO-3 settings no rank ever holds all of it. On a GPU, packed rows attend one by one, and layers are compiled if the configuration
+    says so. Raises UserError when `model_path` is no checkpoint, or of an architecture that does
     more to its logits than to multiply by the output layer.
     """
     if not (Path(model_path) / "config.json").exists():
@@ -120,7 +121,10 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
         rank = config.lora_rank
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    return ScoredModel(model, config)
+    scored = ScoredModel(model, config)
+    if on_gpu and config.compile:
+        scored.fuse()
+    return scored
 
 
 def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None) -> Any:

@@ -297,8 +297,6 @@ def _build(model_path: str, config: TrainingConfig, total_steps: int, device: to
     settings = config.deepspeed_settings(on_gpu=device.type == "cuda")
     torch.manual_seed(config.seed)
     model = load(model_path, config, settings if config.zero_stage == 3 else None, on_gpu=device.type == "cuda")
-    if config.compile and device.type == "cuda":
-        model.compile_layers()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[weight for weight in model.parameters() if weight.requires_grad],

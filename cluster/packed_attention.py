@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from cluster.errors import UserError
+
 NAME = "packed"
 """What transformers calls it."""
 
@@ -45,9 +47,18 @@ def _attend(
     max_length_q: int,
     max_length_k: int,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, D], key and value [1, fewer heads, T, D] -> [1, T, heads, D]."""
+    """query [1, heads, T, D], key and value [1, fewer heads, T, D] -> [1, T, heads, D].
+
+    Raises UserError for what torch's kernel leaves out.
+    """
+    if softcap is not None or s_aux is not None:
+        raise UserError(
+            "this model caps its attention or has sinks in it, which torch's attention by rows leaves out; train it in float32."
+        )
     from torch.nn.attention.varlen import varlen_attn
     from transformers.integrations.sdpa_attention import repeat_kv
 

@@ -86,7 +86,7 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(
         False,
         title="Compile",
-        description="ZeRO 0 to 2 on GPUs: fuse a layer's small operations; the first steps take a minute more, the others a quarter less.",
+        description="ZeRO 0 to 2 on GPUs: fuse a layer's small operations; the first steps take a minute more, the others less.",
     )
     seed: int = Field(0, title="Seed", description="Seeds adapter initialisation and the order of the data.")
 
@@ -108,7 +108,7 @@ class TrainingConfig(BaseModel):
             "gradient_clipping": self.gradient_clipping,
             "bf16": {"enabled": self.dtype == "bfloat16"},
             "zero_optimization": self._zero(on_gpu),
-            # torch's AdamW: DeepSpeed's own would be compiled first, on a GPU by nvcc.
+            # torch's AdamW, with offload too: DeepSpeed's own would be compiled first, on a GPU by nvcc.
             "optimizer": {
                 "type": "AdamW",
                 "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": True, "fused": True},

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cluster.causal_model import TokenScores
+from cluster.errors import UserError
+from cluster.packed_attention import _attend
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, pack
 from tasks.losses import nll
@@ -47,6 +49,15 @@ def test_packed_logits_are_those_of_separate_rows(toy: Path) -> None:
     assert (packed - separate).abs().max() < 1e-5
 
 
+def test_attention_by_rows_refuses_what_it_would_leave_out() -> None:
+    none = torch.zeros(1, 1, 1, 8)
+    bounds = torch.tensor([0, 1])
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 1, "max_length_k": 1}
+    for added in ({"softcap": 50.0}, {"s_aux": torch.zeros(1)}):
+        with pytest.raises(UserError, match="train it in float32"):
+            _attend(torch.nn.Identity(), none, none, none, None, scaling=1.0, **lengths, **added)
+
+
 # Gradients over ranks and stages
 
 
@@ -54,8 +65,8 @@ def sft_loss(scores: TokenScores, batch: Any) -> Any:
     return nll(scores, batch.mask)
 
 
-STAGES = {1: 2048, 2: 7, 3: 7}
-"""ZeRO stage -> how many predictions have their logits in memory at a time."""
+STAGES = {(1, False): 2048, (2, False): 7, (3, False): 7, (2, True): 2048, (3, True): 2048}
+"""ZeRO stage and whether it offloads -> how many predictions have their logits in memory at a time."""
 
 
 def gradients_main(model: str, output: str) -> None:
@@ -65,8 +76,9 @@ def gradients_main(model: str, output: str) -> None:
 
     from cluster.deepspeed_engine import TrainingEngine
 
-    for stage, pieces in STAGES.items():
-        config = TrainingConfig(zero_stage=stage, logit_tokens=pieces, warmup_ratio=0.0, gradient_clipping=0.0, schedule="constant")
+    settings: dict[str, Any] = {"warmup_ratio": 0.0, "gradient_clipping": 0.0, "schedule": "constant"}
+    for (stage, offload), pieces in STAGES.items():
+        config = TrainingConfig(zero_stage=stage, offload=offload, logit_tokens=pieces, **settings)
         engine = TrainingEngine(model, config, 2)
         metrics = engine.step(micro_batches(ROWS, BUDGET, engine.rank, engine.world_size), sft_loss)
         weights = engine._engine.module.plain.named_parameters()
@@ -74,8 +86,8 @@ def gradients_main(model: str, output: str) -> None:
         # a step with a single row, which one of two ranks spends on a dummy
         single = engine.step(micro_batches(ROWS[:1], BUDGET, engine.rank, engine.world_size), sft_loss)
         if engine.rank == 0:
-            save_file({name: moment / 0.1 for name, moment in moments.items()}, f"{output}/{stage}.safetensors")
-            Path(f"{output}/{stage}.json").write_text(json.dumps([metrics, single]))
+            save_file({name: moment / 0.1 for name, moment in moments.items()}, f"{output}/{stage}-{offload}.safetensors")
+            Path(f"{output}/{stage}-{offload}.json").write_text(json.dumps([metrics, single]))
 
 
 def run_ranks(ranks: int, *arguments: str) -> None:
@@ -111,13 +123,13 @@ def test_gradient_is_that_of_plain_torch_whatever_the_ranks_the_stage_and_the_pi
     tokens = sum(len(row.input_ids) - row.prompt_length for row in ROWS)
     loss = torch.stack(losses).sum() / tokens
     loss.backward()
-    for stage in STAGES:
-        metrics, single = json.loads((tmp_path / f"{stage}.json").read_text())
+    for stage, offload in STAGES:
+        metrics, single = json.loads((tmp_path / f"{stage}-{offload}.json").read_text())
         assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6) and metrics["weight"] == tokens
         assert single["weight"] == 15
-        gradients = load_file(tmp_path / f"{stage}.safetensors")
+        gradients = load_file(tmp_path / f"{stage}-{offload}.safetensors")
         for name, weight in model.named_parameters():
-            assert (gradients[name] - weight.grad).norm() <= 1e-5 * weight.grad.norm(), (stage, name)
+            assert (gradients[name] - weight.grad).norm() <= 1e-5 * weight.grad.norm(), (stage, offload, name)
 
 
 # Another number of ranks

@@ -193,6 +193,8 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="say where a step's time goes")
     parser.add_argument("--model", help="a checkpoint directory, measured in this process, for one case; without it a random model is made")
     arguments = parser.parse_args()
+    if arguments.model and not arguments.case:
+        parser.error("--model needs a --case")
     if arguments.model:
         found = measure(arguments.case[-1], arguments.model, arguments)
         if int(os.environ.get("RANK", "0")) == 0:
