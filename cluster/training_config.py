@@ -114,7 +114,6 @@ class TrainingConfig(BaseModel):
                 "params": {"lr": self.learning_rate, "weight_decay": self.weight_decay, "torch_adam": True, "fused": True},
             },
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
 
