@@ -207,26 +207,44 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     policy = load_policy(config.policy)
     store = Store(config.root)
     store.check_writable()
-    prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
+    with said_of(request.file):
+        prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
+        workspace = _with_pools(config, policy, prompts, store, trains)
+        _check(workspace)
+        if trains:
+            _check_training(workspace)
+    return workspace
+
+
+@contextmanager
+def said_of(place: str) -> Iterator[None]:
+    """Puts a file, or a field of it, before what is wrong there."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _with_pools(config: RunConfig, policy: Policy, prompts: PromptSet, store: Store, trains: bool) -> Workspace:
+    """The workspace and its pools of engines, whose models are there and fit in memory. Raises UserError."""
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
     if config.evaluate.engine.remote:
         raise UserError("evaluate.engine.backend: an endpoint takes no weights, and RL and evaluation replace them by each checkpoint's.")
+    held_out = Pool(config.rl.held_out) if config.rl.held_out and trains and "rl" in config.train else None
+    pools = {"generate.engine": generator, "judge.engine": judge, "evaluate.engine": policy_engine, "rl.held_out": held_out}
+    for place, pool in pools.items():
+        if pool and (trains or pool is not policy_engine):
+            with said_of(place):
+                pool.model  # noqa: B018  (raises when there is no such model)
+                pool.check_memory()
     if config.generate.engine.backend == "vllm" and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    held_out = Pool(config.rl.held_out) if config.rl.held_out and trains and "rl" in config.train else None
-    for pool in (generator, judge, *([policy_engine] if trains else []), *([held_out] if held_out else [])):
-        pool.model  # noqa: B018  (raises when there is no such model)
-        pool.check_memory()
     if config.rounds > 1 and config.judge.overlap and trains and judge is generator:
         engine = config.generate.engine  # from the second round on a pool of their own judges
         Pool(engine.model_copy(update={"engines": 2 * engine.engines})).check_memory()
-    workspace = Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
-    _check(workspace)
-    if trains:
-        _check_training(workspace)
-    return workspace
+    return Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
 
 
 def survey(run: Workspace, completions: Ledger, judgements: Ledger) -> tuple[Wanted, tuple[list[str], list[str]]]:

@@ -156,7 +156,7 @@ def describe(error: ValidationError, path: Path | str, place: Callable[[tuple], 
 def name_of(part: Any) -> str:
     """A part of a location; what a row calls its fields may be anything."""
     text = str(part)
-    return text if text.isprintable() and len(text) <= SHOWN else _short(part)
+    return text if text and text.isprintable() and len(text) <= SHOWN else _short(part)
 
 
 def _short(value: Any) -> str:

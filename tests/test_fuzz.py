@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from tiny_run import BUNDLE, CATEGORIES, RUN, category, row, write_run
 from cluster.chat import Chat
 from cluster.errors import UserError
 from cluster.models import resolve_model
-from flows.config import RunRequest, load_run
+from flows.config import RunConfig, RunRequest, load_run
 from flows.plan import describe_plan, plan
 from flows.workspace import prepare
 from tasks.judge import HIGHEST, LOWEST, parse_scores
-from tasks.policy import lint, load_policy, render
+from tasks.policy import BundleFile, Category, Clause, lint, load_policy, render
 from tasks.prompt_parts import field_of
 from tasks.prompt_set import load_prompts
 from tasks.prompts import SPLIT_SHARES, CapabilityRow, Prompt
@@ -44,14 +44,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("fuzz") / "run").parent
 
 
-def often(few: int, many: int) -> Callable[[Callable[..., None]], Any]:
+def often(*strategies: st.SearchStrategy[Any], few: int, many: int) -> Callable[[Callable[..., None]], Any]:
     """The same few cases every time, and many new ones on request."""
 
     def both(test: Callable[..., None]) -> Any:
         @pytest.mark.parametrize("new", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["fixed", "new"])
         def run(new: bool, place: Path) -> None:
             limits = {"max_examples": many, "derandomize": False} if new else {"max_examples": few}
-            settings(**FIXED | limits)(test)(place)
+            settings(**FIXED | limits)(given(*strategies)(test))(place)
 
         run.__doc__ = test.__doc__
         return run
@@ -122,11 +122,28 @@ def said(error: UserError, *files: str) -> None:
         assert not CONTROL.search(line), repr(line)
 
 
-@often(few=80, many=2000)
-@given(
+NO_FIELD = re.compile(
+    r"(no such file|not UTF-8|cannot be read|expected a mapping of fields).*|"  # the file
+    r".*: (unknown field|Keys should be strings \(found .*)|"  # what is none
+    r".*clause (number \d+|[A-Z]+\d+): Input should be a valid dictionary.*"  # a whole clause
+)
+
+
+def said_of_a_field(error: UserError, file: str, fields: Iterable[str]) -> None:
+    """Checks that every line names the file, and the field if there is one to name."""
+    said(error, file)
+    names = re.compile(rf"(.*: )?({'|'.join(fields)})[.:]")
+    for line in str(error).split("\n"):
+        told = line.split(file, 1)[1]
+        assert names.match(told) or NO_FIELD.fullmatch(told), line
+
+
+@often(
     st.sampled_from(["bundle", *CATEGORIES]).flatmap(
         lambda name: st.tuples(st.just(name), as_yaml(BUNDLE if name == "bundle" else category(name)))
-    )
+    ),
+    few=80,
+    many=2000,
 )
 def test_a_policy_is_taken_or_told(place: Path, case: tuple[str, bytes]):
     name, content = case
@@ -136,26 +153,26 @@ def test_a_policy_is_taken_or_told(place: Path, case: tuple[str, bytes]):
         try:
             policy = load_policy(folder)
         except UserError as error:
-            said(error, ".yaml: ")
+            said_of_a_field(error, ".yaml: ", {*BundleFile.model_fields, *Category.model_fields, *Clause.model_fields})
             return
         lint(policy)
         for one in policy.categories:
             assert render(policy, one).hash and render(policy, one, "full").hash
 
 
-@often(few=60, many=1000)
-@given(as_yaml(RUN))
+@often(as_yaml(RUN), few=60, many=1000)
 def test_a_run_file_is_taken_or_told(place: Path, content: bytes):
     (place / "changed.yaml").write_bytes(content)
     request = RunRequest(file=str(place / "changed.yaml"), root=str(place / "root"))
     try:
         load_run(request)
     except UserError as error:
-        said(error, "changed.yaml: ")
+        said_of_a_field(error, "changed.yaml: ", {*RunConfig.model_fields, "extends"})
         return
     try:
         describe_plan(*plan(prepare(request, trains=False)))
     except UserError as error:
+        assert str(error).startswith((f"{place / 'changed.yaml'}: ", load_run(request).policy, load_run(request).root)), str(error)
         assert not CONTROL.search(str(error))
 
 
@@ -221,8 +238,7 @@ def balance(place: Path, file: Path, source: dict[str, Any]) -> None:
     assert all(field_of(bad["reason"]) for bad in put_aside)
 
 
-@often(few=50, many=2000)
-@given(LINES, SOURCES)
+@often(LINES, SOURCES, few=50, many=2000)
 def test_no_row_of_jsonl_is_lost(place: Path, lines: list[bytes], source: dict[str, Any]):
     (place / "rows.jsonl").write_bytes(b"\n".join(lines))
     balance(place, place / "rows.jsonl", source)
@@ -231,15 +247,17 @@ def test_no_row_of_jsonl_is_lost(place: Path, lines: list[bytes], source: dict[s
 CELLS = st.binary(max_size=10) | st.sampled_from([b'"', b"a", b"\n", b'"a\nb"', b"[", b"PE1"])
 
 
-@often(few=30, many=1000)
-@given(st.lists(st.lists(CELLS, max_size=4).map(b",".join), max_size=8))
+@often(st.lists(st.lists(CELLS, max_size=4).map(b",".join), max_size=8), few=30, many=1000)
 def test_no_row_of_csv_is_lost(place: Path, lines: list[bytes]):
     (place / "rows.csv").write_bytes(b"q,id,ideal_clauses\n" + b"\n".join(lines))
     balance(place, place / "rows.csv", {"columns": {"text": "q", "id": "id", "ideal_clauses": "ideal_clauses"}})
 
 
-@often(few=300, many=20_000)
-@given(ANY_TEXT | VALUES.map(json.dumps) | st.lists(st.integers(0, 6) | SCALARS, max_size=5).map(json.dumps))
+@often(
+    ANY_TEXT | VALUES.map(json.dumps) | st.lists(st.integers(0, 6) | SCALARS, max_size=5).map(json.dumps),
+    few=300,
+    many=20_000,
+)
 def test_a_verdict_is_scores_or_missing(place: Path, raw: str):
     order = ("compliance", "helpfulness", "correctness")
     scores = parse_scores(raw, order)
@@ -250,8 +268,7 @@ def test_a_verdict_is_scores_or_missing(place: Path, raw: str):
         assert json.loads(raw) == list(scores.values())
 
 
-@often(few=150, many=10_000)
-@given(
+@often(
     st.lists(
         st.one_of(
             st.integers(0, 49151).map(lambda id: [id]),
@@ -259,7 +276,9 @@ def test_a_verdict_is_scores_or_missing(place: Path, raw: str):
             st.just([CHAT.end_of_turn]),
         ),
         max_size=12,
-    )
+    ),
+    few=150,
+    many=10_000,
 )
 def test_what_a_model_draws_is_taken_apart_or_malformed(place: Path, pieces: list[list[int]]):
     ids = [id for piece in pieces for id in piece]
