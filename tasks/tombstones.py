@@ -42,7 +42,7 @@ def deleted_prompts(store: Store) -> frozenset[str]:
     return frozenset(found)
 
 
-def delete_prompt(store: Store, id: str) -> Deleted:
+def delete_prompt(store: Store, id: str, lease: float = LEASE_SECONDS) -> Deleted:
     """Raises UserError when there is no such prompt, or when a run is writing. Interrupted, it is finished by doing it again."""
     hashes, ids = _names(store, id) if id.isascii() else (set(), set())
     if not hashes:
@@ -50,7 +50,7 @@ def delete_prompt(store: Store, id: str) -> Deleted:
     with ExitStack() as claimed:
         ledgers = {stage: Ledger(store, stage) for stage in dict.fromkeys([STAGE, *stages(store)])}
         for ledger in ledgers.values():
-            claimed.enter_context(ledger.writing(LEASE_SECONDS))
+            claimed.enter_context(ledger.writing(lease))
         new = sorted(hashes - deleted_prompts(store))
         if new:
             keys = [hashlib.sha256(name.encode()).digest()[:KEY_BYTES] for name in new]
@@ -80,7 +80,10 @@ def _among(column: pa.ChunkedArray, values: set[str]) -> pa.ChunkedArray:
 
 
 def _strip(ledger: Ledger, ids: set[str], hashes: set[str]) -> int:
-    """Writes the shards of a stage that hold rows of the prompt anew, without these rows; returns how many rows that were."""
+    """Writes the shards of a stage that hold rows of the prompt anew, without these rows; returns how many rows that were.
+
+    Shards that the ledger does not name go as well: superseded ones, and what a killed run or deletion left behind.
+    """
     store, count = ledger.store, 0
     for shard in ledger.shards():
         table = store.read_table(shard.path)
@@ -91,7 +94,10 @@ def _strip(ledger: Ledger, ids: set[str], hashes: set[str]) -> int:
         count += table.num_rows - rest.num_rows
         kept: list[Shard] = [store.put_table(shard.path.rpartition("/")[0], rest)] if rest.num_rows else []
         ledger.commit(kept, lost=[shard.path])
-        store.delete(shard.path)
+    named = {shard.path for shard in ledger.shards()}
+    for path, _, _ in store.files(f"{ledger.stage}/shards"):
+        if path not in named:
+            store.delete(path)
     return count
 
 

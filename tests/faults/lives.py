@@ -25,7 +25,8 @@ from flows.workspace import Workspace, prepare, survey
 from tasks import ledger
 from tasks.garbage import garbage
 from tasks.ledger import Ledger
-from tasks.store import Store
+from tasks.store import Down, Store
+from tasks.tombstones import delete_prompt
 from tasks.wanted import NOT_JUDGED
 
 SPECS = Path(__file__).parent.parent.parent / "specs"
@@ -128,6 +129,22 @@ def collection(folder: str, _: tuple[str, ...]) -> None:
     store = Store(yaml.safe_load((Path(folder) / "run.yaml").read_text())["root"])
     for file in garbage(store, older_than=0, lease=0.3):
         store.delete(file.path)
+
+
+def deletion(folder: str, _: tuple[str, ...]) -> None:
+    """Deletes the prompt that the file `prompt` names."""
+    ledger.SNAPSHOT_ENTRIES = 4
+    (Path(folder) / "windows" / "driver").write_text(str(os.getpid()))
+    store = Store(yaml.safe_load((Path(folder) / "run.yaml").read_text())["root"])
+    delete_prompt(store, (Path(folder) / "prompt").read_text(), lease=0.3)
+
+
+def life_of_a_full_disk(folder: str, changes: tuple[str, ...]) -> None:
+    """One run that the store ends; what it says goes to the file `told`."""
+    try:
+        life(folder, changes)
+    except Down as error:
+        (Path(folder) / "told").write_text(str(error))
 
 
 class Lives:

@@ -7,18 +7,25 @@ nothing twice, and no garbage after gc.
 """
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+import pyarrow as pa
 import pytest
-from lives import TARGETS, Lives, Place, chain, check, collection, edit_clause, finish, reached
+from lives import TARGETS, Lives, Place, chain, check, collection, deletion, edit_clause, finish, life_of_a_full_disk, reached
 from s3_server import KEY, SECRET, S3Server
 from write_sites import DATA_SITES, FINAL_SITES
 
+from flows.inspect import problems
+from flows.workspace import prepare
 from tasks import ledger
+from tasks.keys import KEY_BYTES
+from tasks.ledger import Ledger
+from tasks.tables import ROLLOUTS
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +137,61 @@ def test_gc_that_is_killed_is_finished_by_the_next_one(lives: Lives, tmp_path: P
     windows = {f"{phase} delete {stage} shard" for phase in ("before", "after") for stage in ("completions", "judgements")}
     assert len(chain(lives, place, "driver", windows, what=collection)) == 5 and place.names("todo") == set()
     check(place)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.soak), 5])
+def test_a_deletion_that_is_killed_is_finished_by_the_next_one(lives: Lives, every: int, tmp_path: Path) -> None:
+    """In every window, or every fifth one, of tombstones and of shards that are written anew. Only prompt sets and datasets know it then."""
+    place = lives.place(tmp_path / "place")
+    assert lives.run(place, "generate.shard_rows=5") == 0
+    store, run = place.store, prepare(place.request(), trains=False)
+    judged = [store.read_table(shard.path)["prompt_id"].unique().to_pylist() for shard in Ledger(store, "judgements").shards()]
+    gone = next(ids[0] for ids in judged if len(ids) > 1)
+    (place.folder / "prompt").write_text(gone)
+    names = [prompt.id for prompt in run.prompts.prompts("sft")]
+    rows = [{"key": bytes([number]) * KEY_BYTES, "prompt_id": name, "step": 0} for number, name in enumerate(names)]
+    Ledger(store, "rollouts/rl-0").commit([store.put_table("rollouts/rl-0/shards", pa.Table.from_pylist(rows, schema=ROLLOUTS))])
+    sites = [f"{action} {stage} shard" for stage in ("completions", "judgements", "rollouts") for action in ("create", "delete")]
+    sites += ["create tombstones shard", "create tombstones entry"]
+    windows = {*sorted(f"{phase} {site}" for phase in ("before", "after") for site in sites)[::every]}
+    codes = chain(lives, place, "driver", windows, what=deletion)
+    assert place.names("todo") == set() and len(codes) == len(windows) + 1
+    left = [path for path, *_ in store.files("") if path.endswith(".parquet") and not path.startswith(("prompts/", "datasets/"))]
+    told = {
+        stage: [row["prompt_id"] for path in left if path.startswith(stage) for row in store.read_table(path).to_pylist()]
+        for stage in ("completions", "judgements", "rollouts")
+    }
+    assert all(gone not in ids for ids in told.values())
+    assert {*told["rollouts"], gone} == {*told["completions"], gone} == {*names} and len(told["rollouts"]) == len(names) - 1
+    assert lives.run(place, "generate.shard_rows=5") == 0
+    check(place)
+
+
+@contextmanager
+def small_disk(folder: Path, pages: int) -> Iterator[Callable[[], object]]:
+    """A file system with so much room; the function gives it more."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages * 4096}", "tmpfs", str(folder)]).returncode:
+        pytest.skip("mounting a small disk takes root's rights")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(lives: Lives, undisturbed: Place, share: float, tmp_path: Path) -> None:
+    pages = sum(-(-size // 4096) for _, size, _ in undisturbed.store.files(""))
+    with small_disk(tmp_path / "disk", int(share * pages)) as make_room:
+        place = lives.place(tmp_path / "place", str(tmp_path / "disk" / "root"))
+        assert lives.run(place, target=life_of_a_full_disk) == 0
+        told = (place.folder / "told").read_text()
+        assert "No space left on device. Make room and start the same command again." in told and "\n" not in told
+        assert not (place.folder / "dataset").exists() and problems(place.root)[0] == []
+        make_room()
+        assert lives.run(place) == 0
+        assert (place.folder / "dataset").read_text() == (undisturbed.folder / "dataset").read_text()
+        check(place)
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ KINDS = {
     "datasets": {f"/{view}/": view for view in ("data", "spare", "preferences", "audit")} | {"README": "card", "manifest.json": "manifest"},
     "rows": DATA,
     "rollouts": DATA,
+    "tombstones": DATA,
     "checkpoints": {"manifest.json": "manifest"},
     "evaluations": DATA | {"manifest.json": "manifest"},
     "runs": {".png": "plot", "report.md": "report", "manifest.json": "manifest"},
