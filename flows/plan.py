@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage's work will cost, judged by what its rows cost so far; None when there are none. `price`: in money, of an endpoint."""
+    """What a stage's work will cost, as the last run's rows did; None when there are none. `price`: in money, of an endpoint."""
 
     stage: str
     rows: int
@@ -193,8 +193,8 @@ def _reason(older: list[tuple[int, Changes]], sample: int) -> str:
 
 
 def _estimate(ledger: Ledger, rows: int, engine: EngineConfig) -> Estimate:
-    state = ledger.state
-    usage = state.usage.scaled(rows / state.made) if state.made else None
+    last = ledger.state.last
+    usage = last.usage.scaled(rows / last.made) if last.made else None
     price = engine.remote.cost(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) if engine.remote and usage else None
     return Estimate(ledger.stage, rows, usage, engine.engines, price)
 
@@ -208,6 +208,6 @@ def _sentence(estimate: Estimate) -> str:
     minutes = cost.busy_seconds / estimate.engines / 60
     return (
         f"{estimate.stage}: {estimate.rows} rows, about {cost.prompt_tokens:,} prompt tokens ({cost.cached_tokens:,} cached) and "
-        f"{cost.completion_tokens:,} to draw, {minutes:,.1f} minutes on {estimate.engines} engines at the speed so far"
+        f"{cost.completion_tokens:,} to draw, {minutes:,.1f} minutes on {estimate.engines} engines at the last run's speed"
         + (f", for {estimate.price:,.2f} at the endpoint's prices" if estimate.price is not None else "")
     )

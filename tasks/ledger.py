@@ -41,6 +41,15 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What one writer's `made` rows cost."""
+
+    writer: str = ""
+    made: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What a snapshot's file holds: a `State`."""
 
@@ -51,6 +60,7 @@ class Snapshot:
     writer: str
     ended: bool
     lease: float
+    last: Spent = Spent()
 
 
 ENTRY, SNAPSHOT = TypeAdapter(Entry), TypeAdapter(Snapshot)
@@ -58,7 +68,10 @@ ENTRY, SNAPSHOT = TypeAdapter(Entry), TypeAdapter(Snapshot)
 
 @dataclass
 class State:
-    """What the entries so far say. `made` rows cost `usage`; the last entry is `writer`'s, who has not `ended` and renews its `lease`."""
+    """What the entries so far say. `made` rows cost `usage`; the last entry is `writer`'s, who has not `ended` and renews its `lease`.
+
+    `last`: the rows of the last writer that made some.
+    """
 
     entries: int = 0
     shards: dict[str, Shard] = field(default_factory=dict)
@@ -67,6 +80,7 @@ class State:
     writer: str = ""
     ended: bool = True
     lease: float = 0.0
+    last: Spent = Spent()
 
     def apply(self, entry: dict[str, Any]) -> None:
         """Takes the next entry."""
@@ -76,8 +90,11 @@ class State:
         self.shards |= {shard.path: shard for shard in named}
         usage = Usage(**entry["usage"])
         if usage.requests:
-            self.made += sum(shard.rows for shard in named)
+            rows = sum(shard.rows for shard in named)
+            self.made += rows
             self.usage += usage
+            before = self.last if self.last.writer == entry["writer"] else Spent(entry["writer"])
+            self.last = Spent(before.writer, before.made + rows, before.usage + usage)
         self.writer, self.ended, self.lease = entry["writer"], entry["ended"], entry["lease"]
         self.entries += 1
 
@@ -109,7 +126,9 @@ class Ledger:
             if content["entries"] != snapshot * SNAPSHOT_ENTRIES:
                 raise Corrupt(f"{self._snapshot(snapshot)}: entries: it holds {content['entries']}, not {snapshot * SNAPSHOT_ENTRIES}")
             shards = {shard["path"]: Shard(**shard) for shard in content.pop("shards")}
-            state = State(**content | {"shards": shards, "usage": Usage(**content["usage"])})
+            last = content.get("last", {})
+            spent = Spent(**last | {"usage": Usage(**last.get("usage", {}))})
+            state = State(**content | {"shards": shards, "usage": Usage(**content["usage"]), "last": spent})
         self._state = state
         self._catch_up()
         return state
@@ -134,6 +153,7 @@ class Ledger:
             state = self._state or self._read()
             if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
                 content = vars(state) | {"shards": list(map(vars, state.shards.values())), "usage": asdict(state.usage)}
+                content["last"] = asdict(state.last)
                 self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())
             ends, cost = ended or not self._lease, usage or Usage()
             entry = asdict(Entry(1, self.stage, self.writer, self._lease, ends, list(shards), list(lost), cost, time.time()))

@@ -132,14 +132,19 @@ def test_a_kept_row_costs_what_all_rows_cost(file: Path) -> None:
         assert cost[f"{name}_per_kept_row"] == pytest.approx(spent / kept) and spent > 0
 
 
-def test_the_plan_foretells_what_the_rows_so_far_have_cost(file: Path) -> None:
-    regenerate(file)
-    _, (completions, judgements), _ = plan(prepare(RunRequest(file=str(file), changes=["generate.n=3"]), trains=False))
+def test_the_plan_foretells_what_the_rows_of_the_last_run_have_cost(file: Path) -> None:
+    regenerate(file, *(f"{stage}.engine.fake.latency_seconds=0.5" for stage in ("generate", "judge")))
+    fields = ("prompt_tokens", "completion_tokens", "busy_seconds")
+    slow = {(stage, field): usage(file, stage, field) for stage in STAGES for field in fields}
+    regenerate(file, "generate.n=2")
+    _, (completions, judgements), _ = plan(prepare(RunRequest(file=str(file), changes=["generate.n=4"]), trains=False))
     assert (completions.rows, judgements.rows) == (2 * PROMPTS, 2 * PROMPTS)
     for stage, estimate in zip(STAGES, (completions, judgements), strict=True):
         assert estimate.usage
-        for field in ("prompt_tokens", "completion_tokens", "busy_seconds"):
-            assert getattr(estimate.usage, field) == pytest.approx(2 * usage(file, stage, field), rel=0.01), field
+        for field in fields:
+            last = usage(file, stage, field) - slow[stage, field]
+            assert getattr(estimate.usage, field) == pytest.approx(2 * last, rel=0.01), field
+        assert estimate.usage.busy_seconds < slow[stage, "busy_seconds"]
 
 
 def test_gc_shows_what_nothing_names_and_removes_it_only_when_it_is_told_to(file: Path) -> None:

@@ -210,14 +210,15 @@ def test_a_run_that_is_fenced_out_while_it_has_nothing_to_commit_learns_of_it(st
 
 def test_a_ledger_says_the_same_with_and_without_snapshots(store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tasks.ledger.SNAPSHOT_ENTRIES", 4)
-    ledger = Ledger(store, "completions")
+    first, ledger = Ledger(store, "completions"), Ledger(store, "completions")
     shards = [store.put_table("completions/shards", _table(range(2 * number, 2 * number + 2))) for number in range(21)]
-    for shard in shards:
-        ledger.commit([shard], usage=Usage(requests=2))
+    for number, shard in enumerate(shards):
+        (first if number < 10 else ledger).commit([shard], usage=Usage(requests=2))
     ledger.commit(lost=[shards[3].path])
     state = Ledger(store, "completions").read()
     assert state == ledger.read() and list(state.shards.values()) == shards[:3] + shards[4:]
     assert (state.entries, state.made, state.usage.requests) == (22, 42, 42)
+    assert (state.last.writer, state.last.made, state.last.usage.requests) == (ledger.writer, 22, 22)
     for snapshot in Path(store.path("completions/ledger")).glob("snapshot-*"):
         snapshot.unlink()
     assert Ledger(store, "completions").read() == state

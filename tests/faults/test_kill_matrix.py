@@ -141,7 +141,7 @@ def test_gc_that_is_killed_is_finished_by_the_next_one(lives: Lives, tmp_path: P
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.soak), 5])
 def test_a_deletion_that_is_killed_is_finished_by_the_next_one(lives: Lives, every: int, tmp_path: Path) -> None:
-    """In every window, or every fifth one, of tombstones and of shards that are written anew. Only prompt sets and datasets know it then."""
+    """In every window, or every fifth one, of tombstones and of shards that are written anew. No shard holds the prompt then."""
     place = lives.place(tmp_path / "place")
     assert lives.run(place, "generate.shard_rows=5") == 0
     store, run = place.store, prepare(place.request(), trains=False)
