@@ -225,24 +225,24 @@ def test_a_run_lives_through_a_restart_of_its_store_and_stops_when_it_is_dead(
     assert problems(root)[0] == []
 
 
+@pytest.mark.soak
 def test_a_run_through_a_store_that_fails_now_and_then_makes_what_it_makes_of_a_sound_one(
     server: S3Server, root: str, tmp_path: Path
 ) -> None:
     """Driver and engines' actors meet errors, resets and lost answers; nothing is doubled, nothing is missing."""
-    from cluster.session import ray_session
     from flows.config import RunRequest
     from flows.steps import complete_and_judge_step, select_step
     from flows.workspace import opened
 
     def run(root: str) -> str:
-        request = RunRequest(file=str(file), root=root, samples=3, changes=["generate.shard_rows=1"])
-        with ray_session(), opened(request, trains=False) as run:
+        request = RunRequest(file=str(file), root=root, samples=2, changes=["generate.shard_rows=1"])
+        with opened(request, trains=False) as run:
             complete_and_judge_step.fn(run)
             return select_step.fn(run).version
 
     file = write_run(tmp_path / "tiny")
     sound = run(f"{root}/sound")
-    with _faulty(server, 0.1, 0.05, root) as proxy:
+    with _faulty(server, 0.2, 0.1, root) as proxy:
         assert run(f"{root}/faulty") == sound
         assert all(proxy.seen[name] for name in ("slow down", "error 500", "reset", "lost answer")), proxy.seen
     assert problems(f"{root}/faulty") == problems(f"{root}/sound") and problems(f"{root}/faulty")[0] == []
