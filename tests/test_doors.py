@@ -37,11 +37,12 @@ def call(*command: str, env: dict[str, str], cwd: Path = ROOT, seconds: float = 
 
 @pytest.fixture(scope="module")
 def run_file(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two categories with sixteen prompts each to complete."""
+    """A run of two categories with four groups of prompts each, eight prompts of which are completed."""
     folder = tmp_path_factory.mktemp("doors")
     (folder / "prompts").mkdir()
     for name in ("self-harm", "violence"):
-        shutil.copy(ROOT / "specs" / "prompts" / f"{name}.jsonl", folder / "prompts")
+        rows = (ROOT / "specs" / "prompts" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / "prompts" / f"{name}.jsonl").write_text("".join(rows[:16]))
     engine = {"model": tiny_model, "dtype": "float32", "max_num_seqs": 32, "kv_cache_gib": 0.25}
     content = {
         "version": 1,
@@ -86,7 +87,7 @@ def submitted(run_file: Path, clean_environment: dict[str, str]) -> set[str]:
         wait_until(lambda: healthy(jobs, {"entrypoint": "true"}), "the head takes jobs", 120)
         job = ["ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--", str(BIN / "specmill"), "run", str(run_file)]
         said = call(*job, "--flow", "regenerate", env=clean_environment, seconds=600)
-        assert "succeeded" in said and "32 made" in said, said[-3000:]
+        assert "succeeded" in said and "16 made" in said, said[-3000:]
     finally:
         head.terminate()
         head.wait(60)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 import pytest
-from lives import TARGETS, Lives, Place, chain, check, collection, deletion, edit_clause, finish, life_of_a_full_disk, reached
+from lives import FAKE, TARGETS, Lives, Place, chain, check, collection, deletion, edit_clause, finish, life_of_a_full_disk, reached
 from s3_server import KEY, SECRET, S3Server
 from write_sites import DATA_SITES, FINAL_SITES
 
@@ -98,13 +98,14 @@ def test_a_driver_killed_while_it_finishes_a_run_has_it_finished_by_the_next_one
     assert len(manifest["evaluations"]) == 2 and manifest["checkpoints"] == ["checkpoints/sft-0"]
 
 
-CHANGES = [edit_clause, "judge.k=3", "generate.shard_rows=5", "generate.engine.engines=1"]
+FEWER_ENGINES = "generate.engine.engines=1"
+CHANGES = [edit_clause, "judge.k=3", "generate.shard_rows=5", FEWER_ENGINES]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_killed_run_goes_on_as_another_one(lives: Lives, change: Any, tmp_path: Path) -> None:
     """Killed while it draws and judges, and started again after each time with the change; the policy is edited after a run that ended."""
-    place = lives.place(tmp_path / "place")
+    place = lives.place(tmp_path / "place", engine=FAKE | {"engines": 2 if change == FEWER_ENGINES else 1})
     draws = ("before create completions shard", "after create completions entry")
     judges = ("before create judgements entry", "after create judgements shard")
     if callable(change):
