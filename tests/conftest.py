@@ -22,7 +22,8 @@ def pytest_configure() -> None:
 
 
 LONGEST_FIRST = [
-    "chain", "kill_matrix", "sft", "doors", "s3", "rl_recovery", "vllm_server", "incremental", "training_engine", "cluster_room"
+    "chain", "kill_matrix", "sft", "doors", "s3", "rl_recovery", "planted_rewards", "vllm_server", "schedules", "incremental",
+    "training_engine", "cluster_room",
 ]  # fmt: skip
 """Files that take minutes. Processes side by side take the next file when theirs is done: a long one at the end leaves cores idle."""
 

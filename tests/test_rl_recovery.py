@@ -30,7 +30,15 @@ from tasks.store import Store
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["two layers", pytest.param("demo", marks=pytest.mark.soak)])
+TOY, DEMO = "two layers", pytest.param("demo", marks=pytest.mark.soak)
+
+
+def on(*models: Any) -> pytest.MarkDecorator:
+    """The models that a test is about."""
+    return pytest.mark.parametrize("model", models, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, scripted_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two layers that say one thing; or the demo's model, taught to say one of several."""
     if request.param != "demo":
@@ -64,6 +72,7 @@ def undisturbed(policy: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@on(TOY)
 def test_a_run_says_of_every_step_what_it_drew_learnt_and_took(undisturbed: Path) -> None:
     lines = lines_of(undisturbed)
     assert [line["step"] for line in lines] == list(range(STEPS))
@@ -88,6 +97,7 @@ def kill(process_name: str, root: Path, at_lines: int, killed: list[int]) -> Non
         time.sleep(0.02)
 
 
+@on(TOY, DEMO)
 @pytest.mark.parametrize("process_name", ["RayTrainWorker", pytest.param("EngineActor", marks=pytest.mark.soak)])
 def test_a_killed_rank_and_a_killed_rollout_actor_cost_one_step_at_most(
     undisturbed: Path, policy: Pool, tmp_path: Path, process_name: str
@@ -111,6 +121,7 @@ def assert_the_same(undisturbed: Path, root: Path) -> None:
 
 
 @pytest.mark.soak
+@on(TOY)
 @pytest.mark.parametrize("site", sorted(ROLLOUT_SITES))
 def test_a_rank_killed_before_and_after_it_writes_rollouts_draws_nothing_twice(
     undisturbed: Path, policy: Pool, windows: Path, tmp_path: Path, site: str
@@ -124,7 +135,7 @@ def test_a_rank_killed_before_and_after_it_writes_rollouts_draws_nothing_twice(
     assert_the_same(undisturbed, tmp_path)
 
 
-@pytest.mark.soak
+@on(DEMO)
 def test_a_killed_job_goes_on_with_the_same_command(undisturbed: Path, model: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, rl_jobs.__file__, model, str(tmp_path)]
@@ -153,6 +164,7 @@ def one_step_off(policy: Pool, tmp_path_factory: pytest.TempPathFactory) -> rl.R
     return job
 
 
+@on(TOY)
 def test_one_step_off_draws_ahead(one_step_off: rl.RlJob) -> None:
     lines = lines_of(Path(one_step_off.root))
     versions = {row["step"]: row["policy_version"] for row in rows_of(Path(one_step_off.root))}
@@ -161,6 +173,7 @@ def test_one_step_off_draws_ahead(one_step_off: rl.RlJob) -> None:
 
 
 @pytest.mark.soak
+@on(TOY)
 def test_a_replay_of_one_step_off_needs_no_engine(one_step_off: rl.RlJob, tmp_path: Path) -> None:
     again = replace(one_step_off, output=str(tmp_path / "model"), source=None)
     rl.train_rl(again, str(tmp_path))

@@ -7,6 +7,7 @@ nothing twice, and no garbage after gc.
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,13 +120,17 @@ def test_a_killed_run_goes_on_as_another_one(lives: Lives, change: Any, tmp_path
 @pytest.mark.soak
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_in_every_window_and_again_after_every_change(
+def test_every_target_in_every_window_after_every_change(
     lives: Lives, undisturbed: Place, target: str, change: Any, tmp_path: Path
 ) -> None:
+    """A driver is changed after its first death, so that all else happens to half a run of before; all others begin on a whole one."""
     place, windows = lives.place(tmp_path / "place"), reached(undisturbed, target)
-    chain(lives, place, target, windows)
+    on_half = target == "driver" and not callable(change)
+    if not on_half:
+        shutil.copytree(undisturbed.root, place.root)
     changes = (change(place) if callable(change) else change,)
-    chain(lives, place, target, windows, *changes, from_the_first=True)
+    chain(lives, place, target, windows, *changes, from_the_first=not on_half)
+    assert not on_half or place.names("todo") == set()
     check(place, *changes)
 
 
@@ -212,10 +217,10 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.soak
 @pytest.mark.parametrize("target", TARGETS)
 def test_on_s3_too_whatever_is_killed_nothing_is_lost_or_doubled(bucket: str, undisturbed: Place, target: str, tmp_path: Path) -> None:
-    """A sample: the windows of shards, entries, snapshots and the dataset's manifest, of which every second one is struck."""
+    """A sample: each target is killed in another quarter of the windows."""
     with started(tmp_path / "ray", "spawn") as lives:
         place = lives.place(tmp_path / "place", f"{bucket}/{target}")
-        windows = {*sorted(reached(undisturbed, target))[TARGETS.index(target) % 2 :: 2]}
+        windows = {*sorted(reached(undisturbed, target))[TARGETS.index(target) :: 4]}
         chain(lives, place, target, windows)
         assert place.names("done") == windows
         assert (place.folder / "dataset").read_text() == (undisturbed.folder / "dataset").read_text()

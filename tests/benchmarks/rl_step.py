@@ -1,0 +1,41 @@
+"""Where the time of RL's steps goes: the shares of rollout, judge, training and weight transfer, and what lies outside of them.
+
+Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside are, above all, the checkpoints of the training's
+state. The first step is left out: it waits for what is loaded once.
+
+    python tests/benchmarks/rl_step.py out/checkpoints/rl-*
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from report import machine, row
+
+from tasks.plots import PHASES
+
+LIMIT = 5.0
+"""Percent of the time of the steps that may lie outside of the phases."""
+
+
+def main(checkpoint: str) -> None:
+    lines = [json.loads(line) for line in (Path(checkpoint) / "metrics.jsonl").read_text().splitlines()]
+    if len(lines) < 2:
+        sys.exit(f"{checkpoint}: has one step, and the first one is not counted.")
+    steps = lines[1:]
+    whole = sum(line["step_seconds"] for line in steps)
+    print(f"{machine()}\n\n| measured | figure | spread | limit |\n|---|---|---|---|")
+    for phase in PHASES:
+        shares = [100 * line.get(phase, 0.0) / line["step_seconds"] for line in steps]
+        share = 100 * sum(line.get(phase, 0.0) for line in steps) / whole
+        row(
+            f"{phase.removesuffix('_seconds')}, % of the time",
+            f"{share:.1f}",
+            f"{min(shares):.1f} to {max(shares):.1f} in {len(steps)} steps",
+        )
+    known = sum(line.get(phase, 0.0) for line in steps for phase in PHASES)
+    row("outside, % of the time", f"{100 * (1 - known / whole):.1f}", f"of {whole:.0f} s", f"{LIMIT:g}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
