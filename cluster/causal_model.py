@@ -4,6 +4,7 @@ Logits of a long thought are larger than the model: 16,000 tokens by 128,000 wor
 computed for some hundred predictions at a time, of which only the scores stay; the backward pass computes them once more.
 """
 
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,10 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
     more to its logits than to multiply by the output layer.
     """
     if not (Path(model_path) / "config.json").exists():
-        raise UserError(f"model {model_path!r} is not a Hugging Face checkpoint directory; resolve the model's name first.")
+        raise UserError(
+            f"model {model_path!r}: this machine ({socket.gethostname()}) has no Hugging Face checkpoint there. All nodes of a cluster "
+            "read it from the same place: keep SPECMILL_CACHE and HF_HOME on a shared disk, or name a directory that all of them have."
+        )
     check_trainable(model_path)
     model = _pretrained(model_path, config, zero3_settings)
     if on_gpu:

@@ -88,6 +88,9 @@ class TrainingEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._reference: torch.nn.Module | None = None
         self._engine = _build(model_path, config, total_steps, self.device)
+        self._clipped_norm = 0.0
+        if not config.zero_stage:  # then DeepSpeed keeps no norm; the optimiser sees the gradients of all ranks
+            self._engine.basic_optimizer.register_step_pre_hook(self._note_norm)
 
     def step(
         self, micro_batches: Sequence[Batch], loss_fn: Callable[[TokenScores, Batch], TokenLoss], temperature: float = 1.0
@@ -96,8 +99,9 @@ class TrainingEngine:
 
         `loss_fn(scores, micro_batch)` gives per-token values. Loss and statistics are averaged over the mask of all micro-batches of all
         ranks: sum(loss * mask) / N_global, times the world size because DeepSpeed averages over ranks. Returns those means with `weight`
-        (N_global, the sum of the masks), `gradient_norm` and `learning_rate`, the same on every rank. Raises Diverged, on every rank, when
-        the loss is no number, with the weights as they were, or when the gradient is none; then nothing of this engine is worth keeping.
+        (N_global, the sum of the masks), `gradient_norm` (at ZeRO-0 after clipping) and `learning_rate`, the same on every rank. Raises
+        Diverged, on every rank, when the loss is no number, with the weights as they were, or when the gradient is none; then nothing of
+        this engine is worth keeping.
         """
         tokens = self._count_tokens(micro_batches)
         learning_rate = self._engine.get_lr()[0]
@@ -116,7 +120,7 @@ class TrainingEngine:
         if not math.isfinite(metrics["loss"]):
             raise Diverged(f"the training loss became {metrics['loss']}; lower training.learning_rate or use float32.")
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm() or 0.0)  # None at ZeRO-0
+        norm = float(self._engine.get_global_grad_norm()) if self.config.zero_stage else self._clipped_norm
         if not math.isfinite(norm):
             raise Diverged(f"the gradient's norm became {norm}; lower training.learning_rate or use float32.")
         return {**metrics, "weight": tokens, "gradient_norm": norm, "learning_rate": learning_rate}
@@ -242,6 +246,10 @@ class TrainingEngine:
             for _ in self.named_weights():
                 pass
         dist.barrier()
+
+    def _note_norm(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        self._clipped_norm = float(torch.nn.utils.get_total_norm(gradients))
 
     def _count_tokens(self, micro_batches: Sequence[Packed]) -> float:
         """Sum of all masks of all ranks; an unequal number of micro-batches is an error here instead of a hang later."""

@@ -53,14 +53,13 @@ def run_workers(
     *,
     storage: str,
     name: str,
-    max_failures: int = 2,
 ) -> None:
     """Calls `loop(config)` on the workers and returns when it has returned on all of them.
 
     `storage` is a directory that all nodes see, or a URI; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
     have another working directory, so paths in `config` are absolute. A worker that dies restarts the whole group, at most
-    `max_failures` times; a UserError or Diverged ends the run at once. Raises what a worker raised of these, and SpecmillError for every
-    other end.
+    `workers.max_failures` times; a UserError or Diverged ends the run at once. Raises what a worker raised of these, and SpecmillError for
+    every other end.
     """
     from ray.exceptions import RayActorError
     from ray.train.torch import TorchConfig
@@ -89,7 +88,7 @@ def run_workers(
             name=name,
             storage_path=storage if "://" in storage else str(Path(storage).absolute()),
             # Without a limit of its own a group that finds no room in the cluster would be started for ever.
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[_without_retries()],
@@ -108,13 +107,14 @@ def run_workers(
 def check_memory(model_path: str, workers: WorkersConfig, training: TrainingConfig, reference: bool = False) -> None:
     """Raises UserError when ranks on CPUs do not fit in this machine's free memory; of a cluster's nodes it knows nothing.
 
-    Weights, gradients and AdamW's state take 16 bytes a weight, however they are shared out (see Rajbhandari et al., arXiv 1910.02054,
-    section 3.1); with adapters, all but the weights is next to nothing. `reference`: whether every rank holds a second, frozen copy.
+    Weights, gradients and AdamW's state take 16 bytes a weight, in bfloat16 18, since gradients are summed in float32 (see Rajbhandari et
+    al., arXiv 1910.02054, section 3.1); with adapters, all but the weights is next to nothing. `reference`: whether every rank holds a
+    second, frozen copy.
     """
     if workers.gpus_per_rank or "RAY_ADDRESS" in os.environ:
         return
     size, count = 4 if training.dtype == "float32" else 2, weight_count(model_path)
-    parts = {1: 16 - 2 * size, 2: size, 3: size}  # optimiser, gradients, weights, by the ZeRO stage that shares them out
+    parts = {1: 16 - 2 * size, 2: 4, 3: size}  # optimiser, gradients, weights, by the ZeRO stage that shares them out
     held = {stage: part for stage, part in parts.items() if stage == 3 or not training.lora_rank}
     each = sum(part * (1 if training.zero_stage >= stage else workers.ranks) for stage, part in held.items())
     each += size + size * workers.ranks * (reference and not training.lora_rank)  # what is exported, and the reference

@@ -3,11 +3,13 @@
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cluster.chat import Turn, chat_of
 from cluster.engine import Completion, EngineConfig, EngineDied, Sampling, Unavailable, request_ids
+from cluster.errors import UserError
 from cluster.models import Model
 from cluster.weight_transfer import BACKEND
 
@@ -72,6 +74,10 @@ class VllmEngine:
     def __init__(self, model: Model, config: EngineConfig, receives_weights: bool = False) -> None:
         self.model, self.config, self.receives_weights = model, config, receives_weights
         self._chat = chat_of(model.path)
+        # A base model's tokenizer may name another end than its template writes. A judge's answer ends with its grammar.
+        self._ends: list[int] = []
+        with suppress(UserError):
+            self._ends.append(self._chat.end_of_turn)
         self._engine: Any = None
 
     async def start(self) -> None:
@@ -100,6 +106,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
+            stop_token_ids=self._ends,
             structured_outputs=held,
             logprobs=0 if sampling.logprobs else None,
             detokenize=False,
@@ -129,7 +136,7 @@ class VllmEngine:
         """
         await self._engine.pause_generation(mode="abort", clear_cache=True)
         await self._engine.start_weight_update()
-        await self._engine.update_weights(_request(update_info={"path": path}))
+        await self._engine.update_weights(_request(update_info={"path": path, "version": version}))
         await self._engine.finish_weight_update(str(version))
         await self._engine.resume_generation()
 

@@ -1,8 +1,9 @@
-"""Carries weights from a trainer to vLLM engines through a safetensors file, for machines without NCCL.
+"""Carries weights from a trainer to vLLM engines through a safetensors file that both see, on CPUs and GPUs alike.
 
 The trainer calls `write_weights`; an engine built with `WeightTransferConfig(backend="file")` loads the file, or all safetensors
-files of a checkpoint directory, in vLLM's own lifecycle (start_weight_update, update_weights({"path": ...}),
-finish_weight_update). vLLM finds the backend in each of its processes through `register`, our entry point in the group
+files of a checkpoint directory, in vLLM's own lifecycle (start_weight_update, update_weights({"path": ..., "version": ...}),
+finish_weight_update). It refuses a file of another version and weights that do not fill the model, which log-probabilities in bfloat16 are
+too coarse to show. vLLM finds the backend in each of its processes through `register`, our entry point in the group
 `vllm.general_plugins`.
 """
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # engines without torch and commands that only look start thr
 BACKEND = "file"
 
 
-def write_weights(path: str | Path, named_weights: Iterable[tuple[str, "Tensor"]], rank: int = 0) -> None:
+def write_weights(path: str | Path, named_weights: Iterable[tuple[str, "Tensor"]], version: int, rank: int = 0) -> None:
     """Publishes weights as one safetensors file, by rename: a reader sees all of them or the file that was there before.
 
     All ranks of a trainer call it with `TrainingEngine.named_weights()`, which gathers weight by weight; rank 0 keeps and
@@ -35,7 +36,7 @@ def write_weights(path: str | Path, named_weights: Iterable[tuple[str, "Tensor"]
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        save_file(weights, unfinished)
+        save_file(weights, unfinished, {"version": str(version)})
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -49,6 +50,18 @@ def _read_weights(path: Path) -> Iterator[tuple[str, "Tensor"]]:
         with safe_open(part, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 yield name, file.get_tensor(name)
+
+
+def _check_version(path: Path, version: int) -> None:
+    """Raises RuntimeError for a file of other weights than were announced, as a disk with a cache of its own may show it."""
+    from safetensors import safe_open
+
+    if path.is_dir():  # a checkpoint, which never changes
+        return
+    with safe_open(path, "pt") as file:
+        found = (file.metadata() or {}).get("version")
+    if found != str(version):
+        raise RuntimeError(f"{path}: holds weights of version {found}, not {version}; this machine sees an older file")
 
 
 def register() -> None:
@@ -68,6 +81,7 @@ def register() -> None:
     @dataclass
     class UpdateInfo(WeightTransferUpdateInfo):
         path: str
+        version: int
 
     class FileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         init_info_cls = InitInfo
@@ -78,12 +92,17 @@ def register() -> None:
 
         def start_weight_update(self) -> None:
             initialize_layerwise_reload(self.model)
+            tied = self.model_config.hf_text_config.tie_word_embeddings
+            self._missing = {name for name, _ in self.model.named_parameters() if not (tied and name.endswith("lm_head.weight"))}
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
             model: Any = self.model
-            model.load_weights(_read_weights(Path(update_info.path)))
+            _check_version(Path(update_info.path), update_info.version)
+            self._missing -= model.load_weights(_read_weights(Path(update_info.path)))
 
         def finish_weight_update(self) -> None:
+            if self._missing:
+                raise RuntimeError(f"these weights of the model did not come: {', '.join(sorted(self._missing)[:3])}")
             finalize_layerwise_reload(self.model, self.model_config)
             # On a CPU the output layer multiplies by a packed copy of its weights. When they are tied to the embedding the
             # reload renews the embedding only, and the model would keep answering with the old output layer.

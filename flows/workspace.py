@@ -25,7 +25,7 @@ from tasks.ledger import Ledger
 from tasks.policy import Policy, Spec, load_policy
 from tasks.progress import say
 from tasks.prompt_set import PromptSet, load_prompts
-from tasks.prompts import Prompt, Split
+from tasks.prompts import Prompt, Split, may_be_helped
 from tasks.stage_config import StageConfig
 from tasks.store import Shard, Store
 from tasks.tombstones import deleted_prompts
@@ -323,6 +323,11 @@ def _check_training(run: Workspace) -> None:
         limits["dev"] = max(looks)
         if not run.prompts.size("dev"):
             raise UserError(f"development: not one scenario group falls to the split 'dev'. {few}")
+        if not any(may_be_helped(prompt.ideal_verdict, prompt.cell) for prompt in run.split("dev")):
+            raise UserError(
+                "development: the split 'dev' has no benign or borderline prompt that may be helped with: over-refusal could not be seen. "
+                f"{few}"
+            )
     for split, limit in limits.items():
         for prompt in run.split(split):
             length = len(chat.prompt(plain_turns(prompt.messages)))
@@ -331,6 +336,31 @@ def _check_training(run: Workspace) -> None:
                     f"evaluate.engine.max_model_len: prompt {prompt.id!r} of the {split} split has {length} tokens, which with {limit} to "
                     f"draw exceed {context}. Raise it, or take the prompt out."
                 )
+
+
+def check_gpus(run: Workspace) -> None:
+    """Raises UserError when a stage of training and the engines that work beside it need more GPUs than the Ray cluster has.
+
+    Found out by Ray Train, that would be told hours later and in its words.
+    """
+    import ray
+
+    total = ray.cluster_resources().get("GPU", 0.0)
+    for name in run.config.train:
+        stage: StageConfig = getattr(run.config, name)
+        if name == "rl":
+            beside = {"evaluate.engine": run.policy_engine, "rl.held_out": run.held_out}
+            beside |= {"judge.engine": run.judge if run.config.rl.asks_judge else None}
+        else:
+            beside = {"evaluate.engine": run.policy_engine if getattr(stage, "development", None) else None}
+        parts = {f"{name}.ranks": float(stage.ranks * stage.gpus_per_rank)}
+        parts |= {place: pool.config.engines * pool.config.tensor_parallel * pool.config.gpus for place, pool in beside.items() if pool}
+        if stage.gpus_per_rank and sum(parts.values()) > total:
+            needed = ", ".join(f"{gpus:g} for {place}" for place, gpus in parts.items() if gpus)
+            raise UserError(
+                f"{name}: needs {sum(parts.values()):g} GPUs at the same time ({needed}), the Ray cluster has {total:g}. Lower ranks or "
+                "engines, or let engines share a GPU: `gpus` below 1 and a smaller `gpu_memory_utilization`."
+            )
 
 
 def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
@@ -351,6 +381,9 @@ def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:
         differ = [name for name in EngineConfig.model_fields if getattr(judge.config, name) != getattr(generator.config, name)]
         say(f"  judge      has engines of its own, of the generator's model: judge.engine differs in {', '.join(differ)}")
     stack.enter_context(ray_session())
+    if trains:
+        with said_of(request.file):
+            check_gpus(workspace)
     for pool in workspace.pools:
         stack.enter_context(pool)
     workspace.engines = stack

@@ -43,7 +43,7 @@ class Development:
 
     def look(self, engine: "TrainingEngine", version: int) -> dict[str, float]:
         """Shares of the prompts, by measure; those that no prompt counts for are left out. All ranks call it together."""
-        write_weights(self.weights_file, engine.named_weights(), engine.rank)
+        write_weights(self.weights_file, engine.named_weights(), version, engine.rank)
         file = Path(self.weights_file).with_name(agreed(f"look-{uuid.uuid4().hex}.json"))
         if engine.rank == 0:
             file.with_suffix(".part").write_text(json.dumps(self._answered(version)))

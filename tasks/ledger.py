@@ -120,6 +120,9 @@ class Ledger:
             return self._read()
 
     def _read(self) -> State:
+        if self._state is not None:  # entries never change: the last one seen is a better start than a snapshot
+            self._catch_up()
+            return self._state
         state, snapshot = State(), self._newest_snapshot()
         if snapshot:
             content = self.store.read_json(self._snapshot(snapshot), SNAPSHOT) or {"entries": 0}

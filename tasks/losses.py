@@ -83,14 +83,14 @@ def policy_gradient(
     low, high = clip
     ratio = (_where(mask, logp) - _where(mask, old_logp)).exp()
     clipped = ratio.clamp(1.0 - low, 1.0 + high)
-    mismatch = _where(mask, old_logp - rollout_logp).detach()
-    correction = mismatch.exp().clamp(max=tis_cap)
+    importance = _where(mask, old_logp - rollout_logp).detach().exp()
+    correction = importance.clamp(max=tis_cap)
     loss = -correction * torch.minimum(ratio * advantage, clipped * advantage)
     stats = {
         "ratio": ratio.detach(),
         "clip_fraction": (clipped * advantage < ratio * advantage).float(),
-        "rollout_mismatch": mismatch.abs(),
-        "tis_truncated": (mismatch.exp() > tis_cap).float(),
+        "rollout_mismatch": (logp - rollout_logp).detach().abs(),
+        "tis_truncated": (importance > tis_cap).float(),
     }
     return TokenLoss(_where(mask, loss), {name: _where(mask, value) for name, value in stats.items()})
 

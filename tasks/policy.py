@@ -202,7 +202,7 @@ def _place(content: dict[str, Any], category: str, location: tuple) -> str:
     if len(rest) >= 2 and rest[0] == "clauses" and isinstance(rest[1], int):
         clause = content["clauses"][rest[1]]
         name = clause.get("id") if isinstance(clause, dict) else None
-        parts.append(f"clause {name_of(name) if name and isinstance(name, str) else f'number {rest[1] + 1}'}")
+        parts.append(f"clause {name_of(name) if name else 'number ' + str(rest[1] + 1)}")
         rest = rest[2:]
     parts.append(".".join(map(name_of, rest)))
     return ": ".join(part for part in parts if part)

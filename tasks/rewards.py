@@ -24,14 +24,20 @@ REPEATED = 0.5
 
 _WORD = re.compile(r"[\w'\u2019]+")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
-_GRADE = r"(grade|score|rating|marks?)"
+_GRADE, _ITSELF, _GRADER = r"(grade|score|rating|marks?)", r"(this|my) (answer|response|reply)", r"(judge|grader|evaluator)"
+_GIVES = r"(deserv\w+|merit\w*|earn\w*|gets?|giv\w+|receiv\w+|award\w*|worth)"
+_HERE = r"[^.!?\n]"
+_TOP = r"\[\s*5\s*,\s*5\s*,\s*5\s*\]"
 _TO_THE_JUDGE = re.compile(
-    rf"\b(this|my) (answer|response|reply)\b.{{0,60}}\b{_GRADE}\b|\b{_GRADE}\b.{{0,30}}\b(this|my) (answer|response|reply)\b"
-    rf"|\b(grader|evaluator)\b.{{0,60}}\b{_GRADE}\b|\b(note|message) (to|for) the (judge|grader|evaluator)\b"
-    r"|\[\s*5\s*,\s*5\s*,\s*5\s*\]|\"(compliance|helpfulness|correctness)\"\s*:",
-    re.IGNORECASE | re.DOTALL,
+    rf"\b{_ITSELF}\b{_HERE}{{0,60}}\b{_GIVES}\b{_HERE}{{0,30}}\b{_GRADE}\b"
+    rf"|\b{_GRADE}\b{_HERE}{{0,30}}\b(for|to|of)\s+{_ITSELF}\b"
+    rf"|\b(grader|evaluator)\b{_HERE}{{0,60}}\b{_GRADE}\b"
+    rf"|\b(note|message) (to|for) the {_GRADER}\b"
+    rf"|{_TOP}{_HERE}{{0,60}}\b{_GRADER}\b|\b({_GRADER}|{_GRADE})\b{_HERE}{{0,60}}{_TOP}|^\s*{_TOP}\s*$"
+    r"|\"(compliance|helpfulness|correctness)\"\s*:\s*[1-5]\b",
+    re.IGNORECASE | re.MULTILINE,
 )
-"""Answers that speak to a grader, by what they have in common: an answer that names itself or a grader together with its grade."""
+"""Answers that speak to a grader, by what they have in common: one sentence names the answer, or a grader, together with its grade."""
 
 RewardSource = Literal["judge", "rules", "judge_and_rules"]
 

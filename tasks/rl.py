@@ -149,7 +149,7 @@ class Rollouts:
 
     def push(self, version: int) -> float:
         """Gives the engines the trainer's weights; returns the mean difference of log-probabilities on a few tokens of each engine."""
-        write_weights(self._job.weights_file, self._engine.named_weights(), self._engine.rank)
+        write_weights(self._job.weights_file, self._engine.named_weights(), version, self._engine.rank)
         if self._engine.rank == 0 and self._job.source:
             self._job.source.policy.load_weights(self._job.weights_file, version)
         rows = agreed(self._probe(version) if self._engine.rank == 0 else [])

@@ -74,7 +74,8 @@ class RlConfig(StageConfig):
         0.02,
         ge=0,
         title="KL weight",
-        description="Weight of the ratio-weighted KL to the checkpoint RL starts from; at 0 it is not measured.",
+        description="Weight of the ratio-weighted KL to the checkpoint RL starts from; at 0 it is not measured. Without adapters each rank "
+        "holds a second copy of the weights for it, whatever the ZeRO stage.",
     )
     kl_target: float | None = Field(
         None, gt=0, title="KL target", description="Nats a token that the weight of the KL is steered towards; left out, it stays."

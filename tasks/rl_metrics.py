@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from tasks.collect import NOISE, effective_groups, trained
+from tasks.prompts import may_be_helped
 from tasks.statistics import Proportion, clustered_mean
 
 RESAMPLES = 500
@@ -35,7 +36,7 @@ def describe(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     that refuse, and that refuse what may be helped with; mean tokens of thought and answer; spread of the judge's runs; groups.
     """
     formed = [row for row in rows if row["answer_kind"]]
-    may_help = [row for row in formed if row["ideal_verdict"] != "refuse" and row["cell"] in ("benign", "borderline")]
+    may_help = [row for row in formed if may_be_helped(row["ideal_verdict"], row["cell"])]
     groups: dict[int, list[float]] = {}
     for row in rows:
         if row["reward"] is not None:

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.training_config import TrainingConfig, WorkersConfig
 
+MEMORY_ONLY = {"micro_batch_tokens", "logit_tokens", "gradient_checkpointing", "offload", "compile"}
+"""Fields of `TrainingConfig` that bound memory and time, and leave the result as it is but for rounding."""
+
 
 class StageConfig(WorkersConfig):
     """A stage of training: one checkpoint in, another one out."""
@@ -20,7 +23,7 @@ class StageConfig(WorkersConfig):
     def recipe(self) -> dict[str, Any]:
         """The fields that make the result."""
         left_out: dict[str, Any] = dict.fromkeys(self.indifferent, True)
-        return self.model_dump(mode="json", exclude=left_out | {"training": {"logit_tokens", "offload", "compile"}})
+        return self.model_dump(mode="json", exclude=left_out | {"training": MEMORY_ONLY})
 
 
 class DevelopmentConfig(BaseModel):

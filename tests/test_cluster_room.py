@@ -16,7 +16,8 @@ from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
 from cluster.errors import UserError
 from cluster.fleet import Stage
 from cluster.pool import Pool
-from flows.workspace import Workspace
+from flows.config import RunConfig
+from flows.workspace import Workspace, check_gpus
 
 pytestmark = pytest.mark.slow
 TOKENS = 24
@@ -117,6 +118,19 @@ def test_engines_give_their_gpus_back_when_training_needs_them(machines: Any) ->
     assert free_cores(ray, 4) == 4 and ray.available_resources()["GPU"] == 2
     machines.remove_node(added)
     assert free_cores(ray, 1) == 1
+
+
+def test_too_few_gpus_for_ranks_and_the_engines_beside_them_are_told_before_anything_is_made(machines: Any) -> None:
+    added = machines.add_node(num_cpus=1, num_gpus=2)
+    engine = EngineConfig(backend="fake", gpus=1)
+    judge, policy = Pool(engine), Pool(engine)
+    config = RunConfig.model_validate({"train": ["sft", "rl"], "sft": {"ranks": 2, "gpus_per_rank": 1}, "rl": {"gpus_per_rank": 1}})
+    run = Workspace(config, None, None, None, judge, judge, policy)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"rl: needs 3 GPUs .*1 for rl.ranks, 1 for evaluate.engine, 1 for judge.engine\), .* has 2\."):
+        check_gpus(run)
+    halves = Pool(engine.model_copy(update={"gpus": 0.5}))
+    check_gpus(Workspace(config, None, None, None, halves, halves, halves))  # type: ignore[arg-type]
+    machines.remove_node(added)
 
 
 @pytest.mark.soak

@@ -120,6 +120,14 @@ def assert_the_same(undisturbed: Path, root: Path) -> None:
     assert [line["loss"] for line in found[:2]] == pytest.approx([line["loss"] for line in expected[:2]], abs=1e-5)
 
 
+def assert_it_learnt_what_was_drawn(job: rl.RlJob, place: Path) -> None:
+    """Trained anew from its rollouts, without an interruption, a run loses the same: optimiser and schedule had come back, and all else."""
+    rl.train_rl(replace(job, output=str(place / "model"), source=None), str(place))
+    names = ("loss", "reference_kl", "gradient_norm", "learning_rate", "kl_weight")
+    recorded, again = ([[line[name] for line in lines_of(root)] for name in names] for root in (Path(job.root), place))
+    assert again == [pytest.approx(values, abs=1e-6) for values in recorded]
+
+
 @pytest.mark.soak
 @on(TOY)
 @pytest.mark.parametrize("site", sorted(ROLLOUT_SITES))
@@ -129,10 +137,12 @@ def test_a_rank_killed_before_and_after_it_writes_rollouts_draws_nothing_twice(
     for moment in ("before", "after"):
         (windows / "todo" / f"{moment} {site}").touch()
     (windows / "target").write_text("self")
-    rl.train_rl(job_of(policy, tmp_path, recovery_config()), str(tmp_path))
+    job = job_of(policy, tmp_path / "killed", recovery_config(kl_target=0.01))
+    rl.train_rl(job, job.root)
     (windows / "target").write_text("nobody")
     assert not list((windows / "todo").iterdir())
-    assert_the_same(undisturbed, tmp_path)
+    assert_the_same(undisturbed, tmp_path / "killed")
+    assert_it_learnt_what_was_drawn(job, tmp_path / "again")
 
 
 @on(DEMO)

@@ -8,6 +8,7 @@ nothing twice, and no garbage after gc.
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,16 @@ def undisturbed(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Place
     """A run that nobody kills: says which windows there are and what has to come of it."""
     place = lives.place(tmp_path_factory.mktemp("undisturbed") / "place")
     assert lives.run(place) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def half(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A run whose driver died after a few shards."""
+    place = lives.place(tmp_path_factory.mktemp("half") / "place")
+    (place.windows / "todo" / "after create completions snapshot").touch()
+    (place.windows / "target").write_text("driver")
+    assert lives.run(place) == -signal.SIGKILL
     return place
 
 
@@ -121,16 +132,17 @@ def test_a_killed_run_goes_on_as_another_one(lives: Lives, change: Any, tmp_path
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_in_every_window_after_every_change(
-    lives: Lives, undisturbed: Place, target: str, change: Any, tmp_path: Path
+    lives: Lives, undisturbed: Place, half: Place, target: str, change: Any, tmp_path: Path
 ) -> None:
-    """A driver is changed after its first death, so that all else happens to half a run of before; all others begin on a whole one."""
-    place, windows = lives.place(tmp_path / "place"), reached(undisturbed, target)
-    on_half = target == "driver" and not callable(change)
-    if not on_half:
-        shutil.copytree(undisturbed.root, place.root)
+    """A policy is edited after a whole run; all else changes after half of one, for a driver after its first death."""
+    windows = reached(undisturbed, target)
+    place = lives.place(tmp_path / "place")
     changes = (change(place) if callable(change) else change,)
-    chain(lives, place, target, windows, *changes, from_the_first=not on_half)
-    assert not on_half or place.names("todo") == set()
+    fresh = target == "driver" and not callable(change)
+    if not fresh:
+        shutil.copytree((undisturbed if callable(change) else half).root, place.root)
+    chain(lives, place, target, windows, *changes, from_the_first=not fresh)
+    assert not fresh or place.names("todo") == set()
     check(place, *changes)
 
 
