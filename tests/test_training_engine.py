@@ -76,7 +76,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "3-checkpointing": {"zero_stage": 3, "gradient_checkpointing": True},
 }
 """What shares, moves or computes again what a gradient is made of. `logit_tokens`: how many predictions have their logits in memory."""
-MANY = 100
+MANY = 50
 """So often each row is in a step of many micro-batches."""
 
 
@@ -106,11 +106,10 @@ def gradients_main(model: str, output: str) -> None:
         if engine.rank == 0:
             save_file(found, f"{output}/{name}.safetensors")
             Path(f"{output}/{name}.json").write_text(json.dumps([metrics, single]))
-    for stage in (1, 2, 3):
+    for stage in (1, 2, 3) if engine.world_size == 1 else ():
         engine = TrainingEngine(model, TrainingConfig(zero_stage=stage, dtype="bfloat16", **settings), 1)  # type: ignore[arg-type]
         _, found = gradient(engine, ROWS * MANY)
-        if engine.rank == 0:
-            save_file(found, f"{output}/bfloat16-{stage}.safetensors")
+        save_file(found, f"{output}/bfloat16-{stage}.safetensors")
 
 
 def run_ranks(ranks: int, *arguments: str) -> None:
@@ -155,10 +154,10 @@ def test_gradient_is_that_of_plain_torch_whatever_the_ranks_the_stage_and_the_pi
         gradients = load_file(tmp_path / f"{case}.safetensors")
         for name, weight in model.named_parameters():
             assert (gradients[name] - weight.grad).norm() <= 1e-5 * weight.grad.norm(), (case, name)
-    for stage in (1, 2, 3):
+    for stage in (1, 2, 3) if ranks == 1 else ():
         gradients = load_file(tmp_path / f"bfloat16-{stage}.safetensors")
         for name, weight in model.named_parameters():
-            # 1 % is what activations in bfloat16 cost; summed in bfloat16 it would be 12 %
+            # 1 % is what activations in bfloat16 cost; summed in bfloat16, so many would be off by 7 %
             assert (gradients[name] - weight.grad).norm() <= 0.03 * weight.grad.norm(), (stage, name)
 
 
