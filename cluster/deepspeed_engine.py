@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.causal_model import TokenScores, load
-from cluster.errors import Diverged, SpecmillError
+from cluster.errors import Diverged, SpecmillError, UserError
 from cluster.models import copy_tokenizer
 from cluster.training_config import TrainingConfig
 
@@ -108,10 +108,11 @@ class TrainingEngine:
         sums: dict[str, Tensor] = {}
         self._engine.train()
         for micro_batch in micro_batches:
-            batch = micro_batch.to(self.device)
-            answer = loss_fn(_scores(self._engine, batch, temperature), batch)
-            loss = (answer.loss * batch.mask).sum()
-            self._engine.backward(loss * (self.world_size / tokens))
+            with room_in_memory():
+                batch = micro_batch.to(self.device)
+                answer = loss_fn(_scores(self._engine, batch, temperature), batch)
+                loss = (answer.loss * batch.mask).sum()
+                self._engine.backward(loss * (self.world_size / tokens))
             for name, value in {"loss": answer.loss.detach(), **answer.stats}.items():
                 sums[name] = sums.get(name, 0.0) + (value.double() * batch.mask).sum()
         means = torch.stack(list(sums.values())) / tokens
@@ -268,6 +269,19 @@ class TrainingEngine:
             model = load(self.model_path, self.config, on_gpu=self.device.type == "cuda")
             self._reference = model.to(self.device).eval().requires_grad_(False)
         return self._reference
+
+
+@contextmanager
+def room_in_memory() -> Iterator[None]:
+    """Says what to change when a GPU's memory is full: it would be full again."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a GPU has no memory left for a micro-batch ({str(error).partition('.')[0]}). Lower training.micro_batch_tokens or "
+            "training.logit_tokens, set training.gradient_checkpointing or training.offload, raise training.zero_stage, or train adapters "
+            "(training.lora_rank). What is trained so far is kept, unless stage or adapters change."
+        ) from error
 
 
 def _join_process_group() -> torch.device:

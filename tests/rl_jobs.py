@@ -41,6 +41,7 @@ def recovery_config(**changes: Any) -> RlConfig:
         "prompts_per_step": 2,
         "rollouts_per_prompt": 4,
         "max_tokens": 40,
+        "temperature": 0.9,
         "reward": {"source": "rules"},
         "refills": 1,
     }

@@ -58,6 +58,13 @@ def test_attention_by_rows_refuses_what_it_would_leave_out() -> None:
             _attend(torch.nn.Identity(), none, none, none, None, scaling=1.0, **lengths, **added)
 
 
+def test_a_full_gpu_is_told_with_what_to_change() -> None:
+    from cluster.deepspeed_engine import room_in_memory
+
+    with pytest.raises(UserError, match=r"\(CUDA out of memory\). Lower training.micro_batch_tokens"), room_in_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
 # Gradients over ranks and stages
 
 
