@@ -3,9 +3,9 @@
     python tests/benchmarks/rl_learning.py --seeds 3
 
 The rows are those of `learning.py`, made once under the same `--root`; started again, the command goes on from what is there. SFT teaches
-all weights. On it, RL trains adapters with several seeds, rewarded by the rules alone: a refusal's style, or an answer that is none and long
-enough. DPO trains adapters on the pairs that the judge's scores make. Each checkpoint answers the evaluation split without guidance: mean
-reward with its 95 % interval over scenario groups, over-refusal, and what is gained over SFT, prompt by prompt.
+all weights. On it, RL trains adapters with several seeds, rewarded by the rules alone: a refusal's style, or an answer that is none and
+long enough. DPO trains adapters on the pairs that the judge's scores make. Each checkpoint answers the evaluation split without guidance:
+mean reward with its 95 % interval over scenario groups, over-refusal, and what is gained over SFT, prompt by prompt.
 """
 
 import argparse
