@@ -24,6 +24,13 @@ def ray_session() -> Iterator[None]:
             yield
 
 
+def cluster_gpus() -> float:
+    """The GPUs of the Ray cluster that this process is attached to, those in use included."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
 @contextmanager
 def _attached(address: str) -> Iterator[None]:
     import ray

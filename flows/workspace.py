@@ -11,7 +11,7 @@ from cluster.engine import EngineConfig
 from cluster.errors import UserError
 from cluster.models import Model, check_trainable
 from cluster.pool import Pool
-from cluster.session import ray_session
+from cluster.session import cluster_gpus, ray_session
 from cluster.training import check_memory
 from flows.config import RunConfig, RunRequest, load_run
 from tasks.checkpoints import Checkpoint
@@ -343,9 +343,7 @@ def check_gpus(run: Workspace) -> None:
 
     Found out by Ray Train, that would be told hours later and in its words.
     """
-    import ray
-
-    total = ray.cluster_resources().get("GPU", 0.0)
+    total = cluster_gpus()
     for name in run.config.train:
         stage: StageConfig = getattr(run.config, name)
         if name == "rl":
