@@ -95,8 +95,8 @@ def _strip(ledger: Ledger, ids: set[str], hashes: set[str]) -> int:
         kept: list[Shard] = [store.put_table(shard.path.rpartition("/")[0], rest)] if rest.num_rows else []
         ledger.commit(kept, lost=[shard.path])
     named = {shard.path for shard in ledger.shards()}
-    for path, _, _ in store.files(f"{ledger.stage}/shards"):
-        if path not in named:
+    for path, _, _ in store.files(ledger.stage):
+        if path not in named and "/ledger/" not in path:
             store.delete(path)
     return count
 

@@ -27,6 +27,7 @@ from flows.workspace import prepare
 from tasks import ledger
 from tasks.keys import KEY_BYTES
 from tasks.ledger import Ledger
+from tasks.rl import _folder
 from tasks.tables import ROLLOUTS
 
 pytestmark = pytest.mark.slow
@@ -174,7 +175,7 @@ def test_a_deletion_that_is_killed_is_finished_by_the_next_one(lives: Lives, eve
     (place.folder / "prompt").write_text(gone)
     names = [prompt.id for prompt in run.prompts.prompts("sft")]
     rows = [{"key": bytes([number]) * KEY_BYTES, "prompt_id": name, "step": 0} for number, name in enumerate(names)]
-    Ledger(store, "rollouts/rl-0").commit([store.put_table("rollouts/rl-0/shards", pa.Table.from_pylist(rows, schema=ROLLOUTS))])
+    Ledger(store, "rollouts/rl-0").commit([store.put_table(_folder("rl-0", 0), pa.Table.from_pylist(rows, schema=ROLLOUTS))])
     sites = [f"{action} {stage} shard" for stage in ("completions", "judgements", "rollouts") for action in ("create", "delete")]
     sites += ["create tombstones shard", "create tombstones entry"]
     windows = {*sorted(f"{phase} {site}" for phase in ("before", "after") for site in sites)[::every]}
