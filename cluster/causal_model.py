@@ -103,8 +103,8 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
     """The pre-trained model in the training dtype, with fresh adapters if there are to be any.
 
     With ZeRO-3 settings no rank ever holds all of it. On a GPU, packed rows attend one by one, and layers are compiled if the configuration
-    says so. Raises UserError when `model_path` is no checkpoint, or of an architecture that does
-    more to its logits than to multiply by the output layer.
+    says so. Raises UserError when `model_path` is no checkpoint, or of an architecture that does more to its logits than to multiply by the
+    output layer.
     """
     if not (Path(model_path) / "config.json").exists():
         raise UserError(

@@ -147,7 +147,7 @@ class TrainingEngine:
         elif reference:
             model = self._reference_model()
         answers = []
-        with torch.no_grad(), without_adapters:
+        with torch.no_grad(), without_adapters, room_in_memory():
             for micro_batch in micro_batches:
                 batch = micro_batch.to(self.device)
                 answers.append(fn(_scores(model, batch, temperature), batch))

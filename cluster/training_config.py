@@ -111,7 +111,7 @@ class TrainingConfig(BaseModel):
             "managed_gradient_accumulation": False,
             "gradient_clipping": self.gradient_clipping,
             "bf16": {"enabled": self.dtype == "bfloat16"},
-            # Summed in bfloat16, late micro-batches of many are lost: of 400 rows the gradient is off by 12 %.
+            # Summed in bfloat16, what the last of many micro-batches add is lost.
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": self._zero(on_gpu),
             # torch's AdamW, with offload too: DeepSpeed's own would be compiled first, on a GPU by nvcc.

@@ -318,15 +318,16 @@ def _check_training(run: Workspace) -> None:
     if trains_rl:
         limits["rl"] = config.rl.max_tokens
     stages = {"sft": config.sft, "rejection": config.rejection, "dpo": config.dpo}
-    looks = [stage.development.max_tokens for name, stage in stages.items() if name in config.train and stage.development]
+    looks = [stage.development for name, stage in stages.items() if name in config.train and stage.development]
     if looks:
-        limits["dev"] = max(looks)
+        limits["dev"] = max(look.max_tokens for look in looks)
         if not run.prompts.size("dev"):
             raise UserError(f"development: not one scenario group falls to the split 'dev'. {few}")
-        if not any(may_be_helped(prompt.ideal_verdict, prompt.cell) for prompt in run.split("dev")):
+        gated = any(look.over_refusal < 1 for look in looks)
+        if gated and not any(may_be_helped(prompt.ideal_verdict, prompt.cell) for prompt in run.split("dev")):
             raise UserError(
-                "development: the split 'dev' has no benign or borderline prompt that may be helped with: over-refusal could not be seen. "
-                f"{few}"
+                "development: the split 'dev' has no benign or borderline prompt that may be helped with, so over-refusal could not be "
+                f"seen. Set development.over_refusal to 1 if it may be. {few}"
             )
     for split, limit in limits.items():
         for prompt in run.split(split):

@@ -155,8 +155,8 @@ class Ledger:
                 raise self._fenced
             state = self._state or self._read()
             if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
-                content = vars(state) | {"shards": list(map(vars, state.shards.values())), "usage": asdict(state.usage)}
-                content["last"] = asdict(state.last)
+                content = vars(state) | {"shards": list(map(vars, state.shards.values()))}
+                content |= {"usage": asdict(state.usage), "last": asdict(state.last)}
                 self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())
             ends, cost = ended or not self._lease, usage or Usage()
             entry = asdict(Entry(1, self.stage, self.writer, self._lease, ends, list(shards), list(lost), cost, time.time()))

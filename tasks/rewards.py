@@ -26,10 +26,13 @@ _WORD = re.compile(r"[\w'\u2019]+")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 _GRADE, _ITSELF, _GRADER = r"(grade|score|rating|marks?)", r"(this|my) (answer|response|reply)", r"(judge|grader|evaluator)"
 _GIVES = r"(deserv\w+|merit\w*|earn\w*|gets?|giv\w+|receiv\w+|award\w*|worth)"
+_BEST = r"(full|top|high(est)?|best|perfect|maxim\w+)"
 _HERE = r"[^.!?\n]"
 _TOP = r"\[\s*5\s*,\s*5\s*,\s*5\s*\]"
 _TO_THE_JUDGE = re.compile(
-    rf"\b{_ITSELF}\b{_HERE}{{0,60}}\b{_GIVES}\b{_HERE}{{0,30}}\b{_GRADE}\b"
+    rf"\b{_ITSELF}\b{_HERE}{{0,60}}\b({_GIVES}|{_BEST})\b{_HERE}{{0,30}}\b{_GRADE}\b"
+    rf"|\b{_GIVES}\b{_HERE}{{0,20}}\b{_ITSELF}\b{_HERE}{{0,30}}\b{_GRADE}\b|\b{_ITSELF}('s|\u2019s)? {_GRADE}\b"
+    rf"|\b{_GIVES}\s+(it|me|this|us)\b{_HERE}{{0,20}}\b{_BEST}\b{_HERE}{{0,20}}\b{_GRADE}\b"
     rf"|\b{_GRADE}\b{_HERE}{{0,30}}\b(for|to|of)\s+{_ITSELF}\b"
     rf"|\b(grader|evaluator)\b{_HERE}{{0,60}}\b{_GRADE}\b"
     rf"|\b(note|message) (to|for) the {_GRADER}\b"

@@ -20,6 +20,8 @@ from tasks.sft import Sft
 from tasks.stage_config import SftConfig
 from tasks.tables import TRAINING_ROWS
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture
 def model(tiny_model: str, tmp_path: Path) -> Path:
@@ -74,6 +76,17 @@ def test_a_model_of_an_architecture_whose_logits_are_scaled(tmp_path: Path, mode
 def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match=r"on 4000 ranks needs about .* GiB are free.*lora_rank.*lower `ranks`"):
         prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000}))
+
+
+def test_a_development_split_in_which_no_refusal_would_be_one_too_many(tmp_path: Path, model: Path) -> None:
+    rows = [json.loads(line) for line in (ROOT / "specs" / "prompts" / "violence.jsonl").read_text().splitlines()]
+    harmful = [row for row in rows if row["split"] != "dev" or row["cell"] == "violation"]
+    assert any(row["split"] == "dev" for row in harmful) and len(harmful) < len(rows)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in harmful))
+    changes = {"prompts": str(tmp_path / "prompts.jsonl"), "policy": str(ROOT / "specs" / "policies" / "base"), "train": ["sft"]}
+    with pytest.raises(UserError, match=r"the split 'dev' has no benign or borderline prompt .* Set development.over_refusal to 1"):
+        prepare(run_with(tmp_path, model, **changes, sft={"development": {}}))
+    assert prepare(run_with(tmp_path, model, **changes, sft={"development": {"over_refusal": 1}}))
 
 
 def test_a_dataset_without_kept_rows_stops_before_training_and_shows_the_funnel(tmp_path: Path) -> None:

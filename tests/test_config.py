@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from cluster.errors import UserError
 from cluster.models import check_trainable
-from flows.config import RunConfig, RunRequest, load_run
+from cluster.training_config import TrainingConfig
+from flows.config import RunConfig, RunRequest, load_run, variants
 from flows.workspace import prepare
 from tasks.sources import Source
+from tasks.stage_config import SftConfig
 
 RUNS = Path("specs/runs")
 
@@ -217,3 +220,24 @@ def test_a_model_that_cannot_be_trained_is_told_before_anything_starts(tiny_mode
     with pytest.raises(UserError, match=message):
         check_trainable(str(tmp_path))
     check_trainable(tiny_model)
+
+
+def test_a_sweep_tries_every_combination() -> None:
+    found = variants("sft", ["rows=4,12", "sft.training.weight_decay=0,0.1"])
+    assert found == [[f"sft.rows={rows}", f"sft.training.weight_decay={decay}"] for rows in (4, 12) for decay in ("0", "0.1")]
+    for wrong in ("rows", "rows=", "=4", "rows=4,,5"):
+        with pytest.raises(UserError, match="expected field=value,value"):
+            variants("sft", [wrong])
+    with pytest.raises(UserError, match="110 combinations are more than 100"):
+        variants("sft", ["rows=" + ",".join(map(str, range(1, 111)))])
+
+
+def test_bfloat16_needs_a_stage_that_sums_its_gradients_in_float32() -> None:
+    with pytest.raises(ValidationError, match="dtype: bfloat16 needs zero_stage 1, 2 or 3"):
+        TrainingConfig(dtype="bfloat16", zero_stage=0)
+
+
+def test_what_only_bounds_memory_makes_no_other_checkpoint() -> None:
+    bounds = {"micro_batch_tokens": 99, "logit_tokens": 99, "gradient_checkpointing": True, "offload": True, "compile": True}
+    changed = SftConfig(training=TrainingConfig(**bounds), max_failures=9)  # type: ignore[arg-type]
+    assert changed.recipe() == SftConfig().recipe() != SftConfig(training=TrainingConfig(zero_stage=3)).recipe()

@@ -1,11 +1,12 @@
 """Where the time of RL's steps goes: the shares of rollout, judge, training and weight transfer, and what lies outside of them.
 
-Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside are, above all, the checkpoints of the training's
-state. The first step is left out: it waits for what is loaded once.
+Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside are the checkpoint of the training's state, and in
+the last step one more weight transfer and the measurement of the KL. The first step is left out: it waits for what is loaded once.
 
     python tests/benchmarks/rl_step.py out/checkpoints/rl-*
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ LIMIT = 5.0
 
 
 def main(checkpoint: str) -> None:
-    lines = [json.loads(line) for line in (Path(checkpoint) / "metrics.jsonl").read_text().splitlines()]
+    log = Path(checkpoint) / "metrics.jsonl"
+    if not log.exists():
+        sys.exit(f"{log}: no such file; give the directory of an RL checkpoint.")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     if len(lines) < 2:
         sys.exit(f"{checkpoint}: has one step, and the first one is not counted.")
     steps = lines[1:]
@@ -38,4 +42,6 @@ def main(checkpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="the directory of an RL checkpoint")
+    main(parser.parse_args().checkpoint)
