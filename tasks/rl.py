@@ -95,7 +95,7 @@ def rl_loop(config: dict[str, Any]) -> None:
         if step + 1 == settings.steps:
             metrics["forward_kl"] = rollouts.forward_kl()
             if job.source:
-                metrics["last_push_mismatch"] = rollouts.push(step + 1)
+                metrics["last_push_mismatch"] = rollouts.push(step + 1, metrics)
         whole, ended = time.monotonic() - ended, time.monotonic()
         metrics |= {"step_seconds": whole, "tokens_per_second": metrics["rollout_tokens"] / whole}
         if log:
@@ -128,7 +128,7 @@ class Rollouts:
             if self._job.source is None:
                 raise SpecmillError(f"{self._job.root}: no rollouts of step {step} are recorded; there is nothing to replay from there on.")
             if self._ahead is None:
-                self._push(step, seconds)
+                self.push(step, seconds)
             made = Collected()
             if self._engine.rank == 0:
                 made = self._ahead.result() if self._ahead else self._collect(step, step)
@@ -137,7 +137,7 @@ class Rollouts:
         self._ahead = None
         self.groups = 1 + max(row["group"] for row in rows)
         if self._job.config.one_step_off and self._job.source and step + 1 < self._job.config.steps and self._agreed(step + 1) is None:
-            self._push(step, seconds)
+            self.push(step, seconds)
             self._ahead = self._thread.submit(self._collect, step + 1, step) if self._engine.rank == 0 else Future()
         return rows, seconds
 
@@ -147,25 +147,25 @@ class Rollouts:
             self._ledger.commit(lost=self._shards(step))
         _verify_sync(mismatch, self._job.sync_tolerance, step)
 
-    def push(self, version: int) -> float:
-        """Gives the engines the trainer's weights; returns the mean difference of log-probabilities on a few tokens of each engine."""
+    def push(self, version: int, seconds: dict[str, float]) -> float:
+        """Gives the engines the trainer's weights; returns the mean difference of log-probabilities on a few tokens of each engine.
+
+        Adds the time to `sync_seconds`.
+        """
+        started = time.monotonic()
         write_weights(self._job.weights_file, self._engine.named_weights(), version, self._engine.rank)
         if self._engine.rank == 0 and self._job.source:
             self._job.source.policy.load_weights(self._job.weights_file, version)
         rows = agreed(self._probe(version) if self._engine.rank == 0 else [])
         mismatch = _token_mean(self._engine, rows, self._job.config, lambda logp, drawn: (logp - drawn).abs())
         _verify_sync(mismatch, self._job.sync_tolerance, version)
+        seconds["sync_seconds"] = seconds.get("sync_seconds", 0.0) + time.monotonic() - started
         return mismatch
 
     def forward_kl(self) -> float:
         """KL of the policy to where RL began, in nats a token, on what it drew then: it foretells what is forgotten (arXiv 2509.04259)."""
         rows = [_row(row["prompt_ids"], row["token_ids"], rollout=row["logprobs"]) for row in self._await(0)]
         return _token_mean(self._engine, rows, self._job.config, lambda logp, drawn: drawn - logp)
-
-    def _push(self, version: int, seconds: dict[str, float]) -> None:
-        started = time.monotonic()
-        self.push(version)
-        seconds["sync_seconds"] = seconds.get("sync_seconds", 0.0) + time.monotonic() - started
 
     def _collect(self, step: int, version: int) -> Collected:
         assert self._job.source

@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.causal_model import TokenScores
-from cluster.errors import UserError
+from cluster.errors import Diverged, UserError
 from cluster.packed_attention import _attend
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, pack
@@ -72,6 +73,12 @@ def sft_loss(scores: TokenScores, batch: Any) -> Any:
     return nll(scores, batch.mask)
 
 
+def loss_without_gradient(scores: TokenScores, batch: Any) -> Any:
+    """A loss that is a number, with a gradient that is none."""
+    found = nll(scores, batch.mask)
+    return replace(found, loss=found.loss + (scores.logp - scores.logp.detach()).abs().sqrt())
+
+
 STAGES: dict[str, dict[str, Any]] = {
     "0": {"zero_stage": 0},
     "1": {"zero_stage": 1},
@@ -110,9 +117,11 @@ def gradients_main(model: str, output: str) -> None:
         metrics, found = gradient(engine, ROWS)
         # a step with a single row, which one of two ranks spends on a dummy
         single = engine.step(micro_batches(ROWS[:1], BUDGET, engine.rank, engine.world_size), sft_loss)
+        with pytest.raises(Diverged) as told:
+            engine.step(micro_batches(ROWS, BUDGET, engine.rank, engine.world_size), loss_without_gradient)
         if engine.rank == 0:
             save_file(found, f"{output}/{name}.safetensors")
-            Path(f"{output}/{name}.json").write_text(json.dumps([metrics, single]))
+            Path(f"{output}/{name}.json").write_text(json.dumps([metrics, single, str(told.value)]))
     for stage in (1, 2, 3) if engine.world_size == 1 else ():
         engine = TrainingEngine(model, TrainingConfig(zero_stage=stage, dtype="bfloat16", **settings), 1)  # type: ignore[arg-type]
         _, found = gradient(engine, ROWS * MANY)
@@ -154,7 +163,8 @@ def test_gradient_is_that_of_plain_torch_whatever_the_ranks_the_stage_and_the_pi
     loss.backward()
     norm = float(torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]))
     for case in STAGES:
-        metrics, single = json.loads((tmp_path / f"{case}.json").read_text())
+        metrics, single, told = json.loads((tmp_path / f"{case}.json").read_text())
+        assert told.startswith(("the gradient's norm became nan", "the gradient's norm became inf"))
         assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6) and metrics["weight"] == tokens
         assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5)
         assert single["weight"] == 15

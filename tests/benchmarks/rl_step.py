@@ -1,7 +1,7 @@
 """Where the time of RL's steps goes: the shares of rollout, judge, training and weight transfer, and what lies outside of them.
 
 Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside are the checkpoint of the training's state, and in
-the last step one more weight transfer and the measurement of the KL. The first step is left out: it waits for what is loaded once.
+the last step the measurement of the KL to where RL began. The first step is left out: it waits for what is loaded once.
 
     python tests/benchmarks/rl_step.py out/checkpoints/rl-*
 """
