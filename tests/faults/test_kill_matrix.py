@@ -137,16 +137,15 @@ def test_every_target_in_every_window_after_every_change(
 ) -> None:
     """A policy is edited after a whole run; all else changes after half of one, for a driver after its first death.
 
-    So few rows are made anew after an edit that engines killed in every window would die of the same row again and again, which is then
-    given up: each target is killed in another third of the windows.
+    So few rows are left to make then that engines killed in every window would die of the same row again and again, which is given up in
+    the end: each of them is killed in another third of the windows.
     """
     windows, place = reached(undisturbed, target), lives.place(tmp_path / "place")
-    edits = callable(change)
     changes = (change(place) if callable(change) else change,)
-    fresh = target == "driver" and not edits
+    fresh = target == "driver" and not callable(change)
     if not fresh:
-        shutil.copytree((undisturbed if edits else half).root, place.root)
-    if edits and target != "driver":
+        shutil.copytree((undisturbed if callable(change) else half).root, place.root)
+    if target != "driver":
         windows = {*sorted(windows)[TARGETS.index(target) - 1 :: 3]}
     chain(lives, place, target, windows, *changes, from_the_first=not fresh)
     assert not fresh or place.names("todo") == set()
