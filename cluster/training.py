@@ -8,6 +8,7 @@ and reaches the caller. Nothing here knows a model: loops call `report` and `res
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -127,13 +128,35 @@ def check_memory(model_path: str, workers: WorkersConfig, training: TrainingConf
         )
 
 
-def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any]) -> None:
-    """Stores a checkpoint of the engine and of `state` (small JSON) with rank 0's metrics. All ranks call it together."""
-    import ray.train
+def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any]) -> float:
+    """Stores a checkpoint of the engine and of `state` (small JSON) with rank 0's metrics. All ranks call it together.
 
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:
+    Returns the seconds that it took. Where the storage is a directory the files are written there and moved to their place; a remote
+    one gets a copy.
+    """
+    import ray.train
+    from pyarrow.fs import LocalFileSystem
+
+    started = time.monotonic()
+    storage = ray.train.get_context().get_storage()
+    run = Path(storage.experiment_fs_path) if isinstance(storage.storage_filesystem, LocalFileSystem) else None
+    if run and not run.exists():
+        raise UserError(f"{run}: this node does not see the directory of the run. Put the root where all nodes see it, or give a URI.")
+
+    def moved(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        place = Path(storage.build_checkpoint_path_from_name(name))
+        for file in list(Path(checkpoint.path).rglob("*")):
+            if file.is_file():
+                target = place / file.relative_to(checkpoint.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(target)
+        return ray.train.Checkpoint(str(place), storage.storage_filesystem)
+
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=run) as directory:
         engine.save(directory, state)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
+        checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=moved if run else None)
+    return time.monotonic() - started
 
 
 def resume(engine: "TrainingEngine") -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ def rl_loop(config: dict[str, Any]) -> None:
     state = resume(engine) or {"step": 0, "kl": settings.kl, "groups": 0}
     rollouts = Rollouts(job, engine, state["groups"])
     log = TrainingLog(_log(job), state["step"]) if engine.rank == 0 else None
-    kl, ended = state["kl"], time.monotonic()
+    kl, saving, ended = state["kl"], 0.0, time.monotonic()
     for step in range(state["step"], settings.steps):
         rows, seconds = rollouts.of(step)
         on_policy = "rollout_seconds" in seconds and rows[0]["policy_version"] == step
@@ -97,14 +97,14 @@ def rl_loop(config: dict[str, Any]) -> None:
             if job.source:
                 metrics["last_push_mismatch"] = rollouts.push(step + 1, metrics)
         whole, ended = time.monotonic() - ended, time.monotonic()
-        metrics |= {"step_seconds": whole, "tokens_per_second": metrics["rollout_tokens"] / whole}
+        metrics |= {"step_seconds": whole, "checkpoint_seconds": saving, "tokens_per_second": metrics["rollout_tokens"] / whole}
         if log:
             found = alarms([*log.lines, metrics])
             log.append(metrics | ({"alarms": [[alarm.name, alarm.text] for alarm in found]} if found else {}))
             if found and settings.alarm == "stop":
                 raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop)")
-        if (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps:  # what follows the last step is the export
-            report(metrics, engine, {"step": step + 1, "kl": kl, "groups": rollouts.groups})
+        due = (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps  # what follows the last step is the export
+        saving = report(metrics, engine, {"step": step + 1, "kl": kl, "groups": rollouts.groups}) if due else 0.0
     engine.export(job.output)
 
 

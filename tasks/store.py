@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.errors import SpecmillError, UserError
+from tasks.tables import wrong_column
 from tasks.validation import describe
 
 ROW_GROUP_ROWS = 1024
@@ -217,16 +218,20 @@ class Store:
         return Shard(**asdict(file), rows=table.num_rows, quarantined=quarantined)
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """Rows of a Parquet file. Raises Missing, which is a FileNotFoundError too, or Corrupt when it is not one."""
+        """Rows of a Parquet file. Raises Missing, which is a FileNotFoundError too, or Corrupt when it is not one or of another kind."""
         try:
             source = self.path(path) if self.local else io.BytesIO(self.read(path))
-            table = pq.ParquetFile(source, page_checksum_verification=True).read(columns, use_threads=False)
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            wrong = wrong_column(path, file.schema_arrow)
+            table = file.read(columns, use_threads=False)
         except FileNotFoundError:
             raise Missing(f"{self.path(path)} is gone. Start the same command again: what is missing is made anew.") from None
         except (pa.ArrowException, OSError) as error:
             raise Corrupt(f"{path}: {error}") from error
         if missing := set(columns or ()) - set(table.column_names):
             raise Corrupt(f"{path}: no column {', '.join(sorted(missing))}")
+        if wrong:
+            raise Corrupt(f"{path}: {wrong}")
         return table
 
     def read_tables(self, paths: Sequence[str], columns: list[str]) -> Iterator[pa.Table | None]:

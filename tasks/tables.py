@@ -214,3 +214,30 @@ EVALUATIONS = pa.schema(
         ("verdicts", pa.list_(pa.list_(pa.string()))),
     ]
 )
+
+FOLDERS = {
+    "parts": PROMPTS,
+    "capability": CAPABILITY,
+    "quarantined": QUARANTINED,
+    "overlap": OVERLAP,
+    "completions": COMPLETIONS,
+    "judgements": JUDGEMENTS,
+    "rollouts": ROLLOUTS,
+    "evaluations": EVALUATIONS,
+    "tombstones": TOMBSTONES,
+    "data": TRAINING_VIEW,
+    "spare": TRAINING_VIEW,
+    "preferences": PREFERENCES,
+    "audit": AUDIT_VIEW,
+}
+"""What the Parquet files of a folder hold; of the folders of a path the last one of these counts."""
+
+
+def wrong_column(path: str, found: pa.Schema) -> str | None:
+    """What is wrong with the first column that has another type than its name has in such a file, or None."""
+    schema = next((FOLDERS[folder] for folder in reversed(path.split("/")[:-1]) if folder in FOLDERS), pa.schema([]))
+    for field in found:
+        expected = schema.field(field.name).type if field.name in schema.names else field.type
+        if field.type != expected:
+            return f"column {field.name} is {field.type}, not {expected}"
+    return None

@@ -23,6 +23,7 @@ from cluster.errors import UserError
 from cluster.models import weights_digest
 from flows.inspect import problems
 from tasks import store as store_module
+from tasks import tables
 from tasks.ledger import Ledger
 from tasks.store import Conflict, Down, Store
 
@@ -61,7 +62,8 @@ def root(server: S3Server, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _table(first: int, count: int) -> pa.Table:
-    return pa.table({"key": [number.to_bytes(16) for number in range(first, first + count)], "quarantined": pa.nulls(count, pa.string())})
+    keys = pa.array([number.to_bytes(16) for number in range(first, first + count)], tables.KEY)
+    return pa.table({"key": keys, "quarantined": pa.nulls(count, pa.string())})
 
 
 def test_files_are_created_once_read_replaced_and_removed(root: str) -> None:

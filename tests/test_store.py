@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cluster.serving import Usage
 from flows.inspect import problems
 from tasks.ledger import Ledger
 from tasks.store import Conflict, Corrupt, Down, Store
+from tasks.tables import KEY
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def store(tmp_path: Path) -> Store:
 
 def _table(keys: range, quarantined: int = 0) -> pa.Table:
     marks = ["reason"] * quarantined + [None] * (len(keys) - quarantined)
-    return pa.table({"key": [bytes([key]) * 16 for key in keys], "quarantined": pa.array(marks, pa.string())})
+    return pa.table({"key": pa.array([bytes([key]) * 16 for key in keys], KEY), "quarantined": pa.array(marks, pa.string())})
 
 
 def test_a_file_is_created_once_and_never_replaced(store: Store):
@@ -96,7 +98,7 @@ def test_verify_finds_changed_bytes_and_doubled_keys(store: Store):
 
 def test_no_changed_byte_of_a_shard_passes_for_another_value(store: Store):
     rows = [{"key": bytes([number]) * 16, "text": f"answer {number} of many"} for number in range(20)]
-    shard = store.put_table("completions/shards", pa.Table.from_pylist(rows))
+    shard = store.put_table("completions/shards", pa.Table.from_pylist(rows, schema=pa.schema([("key", KEY), ("text", pa.string())])))
     target = Path(store.path(shard.path))
     content, found = target.read_bytes(), 0
     for place in range(len(content)):
@@ -108,6 +110,21 @@ def test_no_changed_byte_of_a_shard_passes_for_another_value(store: Store):
             continue
         assert table.cast(pa.schema([("key", pa.binary()), ("text", pa.string())])).to_pylist() == rows, place
     assert found > len(content) / 3
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ({"key": pa.array([b"k" * 16], pa.binary())}, "column key is binary, not fixed_size_binary[16]"),
+        ({"key": pa.array([b"k" * 16], KEY), "sample": pa.array(["0"])}, "column sample is string, not int32"),
+    ],
+)
+def test_a_column_of_another_type_is_told_though_the_checksum_is_right(store: Store, column: dict[str, pa.Array], said: str):
+    shard = store.put_table("completions/shards", pa.table({**column, "quarantined": pa.nulls(1, pa.string())}))
+    Ledger(store, "completions").commit([shard])
+    with pytest.raises(Corrupt, match=re.escape(said)):
+        store.read_table(shard.path)
+    assert problems(store.root)[0] == [f"{shard.path}: {said}"]
 
 
 def test_a_completion_that_was_lost_and_says_the_same_again_may_be_judged_twice(store: Store):

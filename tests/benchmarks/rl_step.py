@@ -1,7 +1,8 @@
 """Where the time of RL's steps goes: the shares of rollout, judge, training and weight transfer, and what lies outside of them.
 
-Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside are the checkpoint of the training's state, and in
-the last step the measurement of the KL to where RL began. The first step is left out: it waits for what is loaded once.
+Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside of these are the checkpoint of the training's
+state, which has a line of its own, and in the last step the measurement of the KL to where RL began. The first step is left out: it
+waits for what is loaded once.
 
     python tests/benchmarks/rl_step.py out/checkpoints/rl-*
 """
@@ -29,7 +30,7 @@ def main(checkpoint: str) -> None:
     steps = lines[1:]
     whole = sum(line["step_seconds"] for line in steps)
     print(f"{machine()}\n\n| measured | figure | spread | limit |\n|---|---|---|---|")
-    for phase in PHASES:
+    for phase in (*PHASES, "checkpoint_seconds"):
         shares = [100 * line.get(phase, 0.0) / line["step_seconds"] for line in steps]
         share = 100 * sum(line.get(phase, 0.0) for line in steps) / whole
         row(
@@ -38,7 +39,7 @@ def main(checkpoint: str) -> None:
             f"{min(shares):.1f} to {max(shares):.1f} in {len(steps)} steps",
         )
     known = sum(line.get(phase, 0.0) for line in steps for phase in PHASES)
-    row("outside, % of the time", f"{100 * (1 - known / whole):.1f}", f"of {whole:.0f} s", f"{LIMIT:g}")
+    row("outside of the first four, % of the time", f"{100 * (1 - known / whole):.1f}", f"of {whole:.0f} s", f"{LIMIT:g}")
 
 
 if __name__ == "__main__":
