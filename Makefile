@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick soak scale bench lint lock clean
+.PHONY: help setup demo test quick soak soak-training scale bench lint lock clean
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -21,7 +21,7 @@ IMPORTED_BY_ENGINES := vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, vllm
 IMPORTED_BY_FLOWS := prefect.server.api.server, prefect.cli, ray.train.torch, ray.dashboard.agent, deepspeed, datasets, s3fs, openai
 
 help: ## shows this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 setup: .venv/.specmill .venv/.model ## makes .venv from the lock and converts the default model (once: minutes, 3.5 GB)
 	@echo "specmill is set up ($$(($$(date +%s) - $(started))) s)."
@@ -35,9 +35,12 @@ test: setup ## all tests but the soak tests; the chain runs beside the others
 quick: setup ## the tests that start no engine and no server, under two minutes
 	.venv/bin/pytest -m "not slow and not chain and not soak" --numprocesses 2
 
-soak: setup ## the tests that take many minutes: interruptions in every stage, both doors from nothing
-	.venv/bin/pytest -m "soak and not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+soak: setup ## the tests that take many minutes: every kill after every change, interruptions of whole runs, both doors from nothing
+	.venv/bin/pytest -m "soak and not alone and not training" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	.venv/bin/pytest -m "soak and alone"
+
+soak-training: setup ## the same for training: kills of the demo's model, planted rewards, rounds of SFT, DPO and RL
+	.venv/bin/pytest -m "soak and training" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 scale: setup ## how far one driver reaches: a million prompts through fake engines, a thousand engines to feed
 	.venv/bin/python tests/benchmarks/feeding.py

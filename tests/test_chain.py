@@ -387,6 +387,7 @@ def test_a_restarted_engine_answers_with_the_weights_it_was_given(servers: None,
 
 
 @pytest.mark.soak
+@pytest.mark.training
 def test_two_rounds_of_sft_rejection_sampling_and_dpo(servers: None, run_file: Path, scripted_model: str) -> None:
     """A round's last checkpoint completes the prompts of the next; each stage begins where the one before it ended."""
     from flows.factory import factory

@@ -16,6 +16,7 @@ from tasks.offline import train_offline
 from tasks.stage_config import DpoConfig
 from tasks.tables import PREFERENCE_ROWS
 
+pytestmark = pytest.mark.training
 PAIRS, STEPS = 8, 12
 SCHEMA = pa.schema([PREFERENCE_ROWS.field(name) for name in Dpo.columns])
 

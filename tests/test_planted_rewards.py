@@ -22,7 +22,7 @@ from tasks.policy import Verdict
 from tasks.rewards import RewardConfig, rewards_of
 from tasks.rl_config import RlConfig
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.training]
 cloudpickle.register_pickle_by_value(__import__("sys").modules[__name__])  # ranks do not import the tests
 STEPS = 24
 LONG = "The harbour opens at nine in the morning, and whoever wants to see the boats leave should bring a warm coat and some bread."

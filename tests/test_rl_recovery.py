@@ -27,7 +27,7 @@ from tasks import rl
 from tasks.ledger import Ledger
 from tasks.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.training]
 
 
 TOY, DEMO = "two layers", pytest.param("demo", marks=pytest.mark.soak)

@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tasks.offline import train_offline
 from tasks.sft import Sft
 from tasks.stage_config import SftConfig
 
+pytestmark = pytest.mark.training
 ROOT = Path(__file__).parent.parent
 PROMPT = [7, 8, 9]
 STEPS, SAVED = 32, 8
@@ -129,10 +130,10 @@ def killed(finished: Path, rows_file: Path, toy: Path) -> Path:
         wait_for_lines(output.parent / ".training" / output.name / "metrics.jsonl", SAVED + 4)
         train_workers()[-1].kill()
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    metrics = train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(3))
-    killer.join()
+    with ThreadPoolExecutor(1) as pool:
+        kill = pool.submit(kill_one)
+        metrics = train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(3))
+        kill.result()
     assert metrics["loss"] == losses_in(output)[-1]
     return output
 

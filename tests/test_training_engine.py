@@ -24,6 +24,7 @@ from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, pack
 from tasks.losses import nll
 
+pytestmark = pytest.mark.training
 ROOT = Path(__file__).parent.parent
 ROWS = [Row(list(range(9, 9 + length)), prompt) for length, prompt in ((20, 5), (18, 10), (30, 4), (9, 3))]
 BUDGET = 40

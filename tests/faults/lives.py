@@ -40,7 +40,7 @@ GROUP_ROWS = 4
 """Prompts of a scenario group. The second and fourth group of a file are for SFT, the third is for evaluation."""
 LIVES = 80
 """More runs than there are windows."""
-LONGEST_SECONDS = 300
+LONGEST_SECONDS = 600
 FAKE = {"backend": "fake", "engines": 2, "max_num_seqs": 4, "fake": {"latency_seconds": 0.01}}
 HEALTH_CHECKS = {"health_check_period_ms": 300, "health_check_initial_delay_ms": 1000}
 """Ray notices the death of a node after five checks that fail at once: 1.5 s instead of 15. One that is merely slow fails none."""

@@ -40,7 +40,7 @@ KINDS = {
     "tombstones": DATA,
     "checkpoints": {"manifest.json": "manifest"},
     "evaluations": DATA | {"manifest.json": "manifest"},
-    "runs": {".png": "plot", "report.md": "report", "manifest.json": "manifest"},
+    "runs": {".png": "plot", "sweep-": "sweep", "report.md": "report", "manifest.json": "manifest"},
 }
 """First folder -> part of a path below it -> what kind of file that is. `rows` is where a checkpoint is trained."""
 
