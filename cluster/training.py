@@ -7,6 +7,7 @@ and reaches the caller. Nothing here knows a model: loops call `report` and `res
 
 import logging
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -33,6 +34,9 @@ ABORT_SECONDS = 30.0
 
 FINAL = (UserError, Diverged)
 """What a worker raises that would be raised again."""
+
+UNFINISHED = ".checkpoint-"
+"""Beginning of the names of directories in which a rank saves its share before it is moved to its place."""
 
 COLLECTIVE_SECONDS = 1800
 """How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
@@ -135,11 +139,8 @@ def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, A
     one gets a copy.
     """
     import ray.train
-    from pyarrow.fs import LocalFileSystem
 
-    started = time.monotonic()
-    storage = ray.train.get_context().get_storage()
-    run = Path(storage.experiment_fs_path) if isinstance(storage.storage_filesystem, LocalFileSystem) else None
+    started, storage, run = time.monotonic(), ray.train.get_context().get_storage(), _run_directory()
     if run and not run.exists():
         raise UserError(f"{run}: this node does not see the directory of the run. Put the root where all nodes see it, or give a URI.")
 
@@ -152,7 +153,7 @@ def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, A
                 file.rename(target)
         return ray.train.Checkpoint(str(place), storage.storage_filesystem)
 
-    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=run) as directory:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=run) as directory:
         engine.save(directory, state)
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=moved if run else None)
@@ -160,9 +161,16 @@ def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, A
 
 
 def resume(engine: "TrainingEngine") -> dict[str, Any] | None:
-    """Loads the run's last complete checkpoint into the engine and returns its state; None at the beginning of a run."""
+    """Loads the run's last complete checkpoint into the engine and returns its state; None at the beginning of a run.
+
+    What a rank that was killed had not yet saved in full is removed.
+    """
     import ray.train
 
+    run = _run_directory()
+    if run and engine.rank == 0:  # no rank saves before this one takes part
+        for unfinished in run.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
@@ -191,6 +199,15 @@ def prepare_worker() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _run_directory() -> Path | None:
+    """Where the run keeps its checkpoints, if that is a directory."""
+    import ray.train
+    from pyarrow.fs import LocalFileSystem
+
+    storage = ray.train.get_context().get_storage()
+    return Path(storage.experiment_fs_path) if isinstance(storage.storage_filesystem, LocalFileSystem) else None
 
 
 def _interruptible_trainer() -> Any:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from cluster.errors import Diverged, UserError
+from cluster.training import UNFINISHED
 from flows.config import RunRequest, load_run
 from tasks.offline import train_offline
 from tasks.sft import Sft
@@ -125,9 +126,11 @@ def test_a_loss_that_is_no_number_stops_the_run_at_once_and_names_the_rows(finis
 def killed(finished: Path, rows_file: Path, toy: Path) -> Path:
     """The export of a run at ZeRO-3 that lost a worker in the middle."""
     output = finished.parent / "killed"
+    run = output.parent / ".training" / output.name
+    (run / f"{UNFINISHED}of-a-killed-rank").mkdir(parents=True)
 
     def kill_one() -> None:
-        wait_for_lines(output.parent / ".training" / output.name / "metrics.jsonl", SAVED + 4)
+        wait_for_lines(run / "metrics.jsonl", SAVED + 4)
         train_workers()[-1].kill()
 
     with ThreadPoolExecutor(1) as pool:
@@ -135,6 +138,7 @@ def killed(finished: Path, rows_file: Path, toy: Path) -> Path:
         metrics = train_offline(Sft, str(rows_file), str(toy), str(output), sft_config(3))
         kill.result()
     assert metrics["loss"] == losses_in(output)[-1]
+    assert not list(run.glob(f"{UNFINISHED}*"))
     return output
 
 

@@ -137,10 +137,11 @@ class Tablets:
             content = source.read()
             if page_checksum_verification and zlib.crc32(content[4:]).to_bytes(4) != content[:4]:
                 raise OSError("checksum of a page differs")
-            self.content = content[4:]
+            self._file = pa.ipc.open_file(pa.BufferReader(content[4:]))
+            self.schema_arrow = self._file.schema
 
         def read(self, columns: list[str] | None, use_threads: bool = True) -> pa.Table:
-            table = pa.ipc.open_file(pa.BufferReader(self.content)).read_all()
+            table = self._file.read_all()
             return table.select(columns) if columns else table
 
     @staticmethod
