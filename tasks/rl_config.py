@@ -106,7 +106,12 @@ class RlConfig(StageConfig):
         description="What a sign of collapse or of a deceived judge does: a line on terminal and in the metrics, or the end of the run.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Seed of prompt order and rollouts.")
-    save_every_steps: int = Field(1, ge=1, title="Steps between checkpoints", description="Work that an interruption can cost at most.")
+    save_every_steps: int = Field(
+        5,
+        ge=1,
+        title="Steps between checkpoints",
+        description="Training that an interruption can cost at most; rollouts are kept in any case.",
+    )
     training: RlTrainingConfig = Field(RlTrainingConfig(), title="Training", description="DeepSpeed settings.")
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ def recovery_config(**changes: Any) -> RlConfig:
         "temperature": 0.9,
         "reward": {"source": "rules"},
         "refills": 1,
+        "save_every_steps": 1,
     }
     return RlConfig.model_validate(values | {"training": training} | changes)
 
