@@ -79,8 +79,9 @@ def test_a_run_says_of_every_step_what_it_drew_learnt_and_took(undisturbed: Path
     assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
     assert lines[-1]["last_push_mismatch"] <= 5e-5
     measured = {"reference_kl", "entropy", "reward_low", "kl_weight"}
-    timed = {f"{phase}_seconds" for phase in ("rollout", "judge", "train", "sync", "step")}
+    timed = {f"{phase}_seconds" for phase in ("rollout", "judge", "train", "sync", "checkpoint", "step")}
     assert all(measured | timed <= line.keys() for line in lines)
+    assert [line["checkpoint_seconds"] > 0 for line in lines] == [False] + [True] * (STEPS - 1)
     assert list((undisturbed / "tensorboard").glob("events.*"))
 
 
