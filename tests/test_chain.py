@@ -340,8 +340,8 @@ def test_an_interrupted_run_is_finished_by_the_same_command(run_file: Path) -> N
         "generate.shard_rows=2",
         "judge.engine.max_num_seqs=4",
         "generate.engine.max_num_seqs=4",
-        "sft.rows_per_step=2",
-        "sft.development.every_steps=8",
+        "sft.rows_per_step=4",
+        "sft.development.every_steps=6",
     ]
     changes = [argument for change in [*small, "sft.save_every_steps=2"] for argument in ("--set", change)]
     command = [sys.executable, "-m", "flows.cli", "run", str(run_file), "--root", str(root), *changes]
