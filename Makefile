@@ -36,7 +36,9 @@ quick: setup ## the tests that start no engine and no server, under two minutes
 	.venv/bin/pytest -m "not slow and not chain and not soak" --numprocesses 2
 
 soak: setup ## the tests that take many minutes: every kill after every change, interruptions of whole runs, both doors from nothing
-	.venv/bin/pytest -m "soak and not alone and not training" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest -m soak tests/faults/test_schedules.py tests/test_fuzz.py --numprocesses 2
+	.venv/bin/pytest -m "soak and not alone and not training" --ignore tests/faults/test_schedules.py --ignore tests/test_fuzz.py \
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder
 	.venv/bin/pytest -m "soak and alone"
 
 soak-training: setup ## the same for training: kills of the demo's model, planted rewards, rounds of SFT, DPO and RL
