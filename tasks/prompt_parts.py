@@ -19,7 +19,6 @@ from tasks.store import Shard, Store
 PART_ROWS = 1024
 SHOWN = 20
 """Quarantined rows and overlaps of each kind that the manifest repeats, for reports; all of them are in files."""
-SCHEMAS = {"capability": tables.CAPABILITY, "quarantined": tables.QUARANTINED, "overlap": tables.OVERLAP}
 
 
 def write_parts(store: Store, path: str, admission: Admission, policy: Policy, overlap: Overlap) -> dict[str, Any]:
@@ -42,9 +41,10 @@ class _Writer:
 
     def __init__(self, store: Store, path: str, admission: Admission) -> None:
         self.store, self.path, self.admission = store, path, admission
-        self.files: dict[str, list[Shard]] = defaultdict(list)
+        self.files: dict[tuple[str, str], list[Shard]] = defaultdict(list)
+        """By folder and, of prompts, category; so is `waiting`."""
         self.splits: dict[str, Counter[str]] = {}
-        self.waiting: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.waiting: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         self.shown: list[dict[str, Any]] = []
         self.reasons: dict[str, dict[str, Any]] = {}
         self.counts = [Counter({"prompts": 0, "capability": 0, "quarantined": 0}) for _ in admission.files]
@@ -69,13 +69,13 @@ class _Writer:
         if kind == "prompts":
             row["split"] = split_of(row, self.admission.reserved)
         self.hash.update(to_json(row))
-        self.write(row.get("category", kind), row)
+        self.write("parts" if kind == "prompts" else kind, row, row.get("category", ""))
 
-    def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Adds a row to the file of its category or kind that is being filled."""
-        self.waiting[kind].append(row)
-        if len(self.waiting[kind]) == PART_ROWS:
-            self._flush(kind)
+    def write(self, folder: str, row: dict[str, Any], category: str = "") -> None:
+        """Adds a row to the file of a folder, and of a category, that is being filled."""
+        self.waiting[folder, category].append(row)
+        if len(self.waiting[folder, category]) == PART_ROWS:
+            self._flush(folder, category)
 
     def finish(self, policy: Policy, overlap: Overlap) -> dict[str, Any]:
         """The manifest. Raises UserError when there is not one prompt, SpecmillError when rows went missing."""
@@ -89,14 +89,13 @@ class _Writer:
             worst = "".join(f"\n  {row['file']}:{row['line']}: {row['reason']}" for row in self.shown[:3])
             places = ", ".join(dict.fromkeys(file.source.place for file in self.admission.files))
             raise UserError(f"{places}: not one usable prompt ({counts['quarantined']} rows quarantined).{worst}")
-        for kind in list(self.waiting):
-            self._flush(kind)
+        for folder, category in list(self.waiting):
+            self._flush(folder, category)
         parts = []
         for category in policy.categories:
-            for shard in self.files.pop(category, []):
+            for shard in self.files["parts", category]:
                 counted = {split: self.splits[shard.path][split] for split in SPLIT_SHARES}
                 parts.append({"path": self._inside(shard.path), "category": category, "rows": shard.rows, "splits": counted})
-                self.files["prompts"].append(shard)
         files = [asdict(shard) | {"path": self._inside(shard.path)} for shards in self.files.values() for shard in shards]
         kinds = ("contamination", "near-duplicate")
         return {
@@ -108,7 +107,7 @@ class _Writer:
             "sources": sources,
             "counts": counts,
             "parts": parts,
-            "capability": [self._inside(shard.path) for shard in self.files["capability"]],
+            "capability": [self._inside(shard.path) for shard in self.files["capability", ""]],
             "quarantined": self.shown,
             "reasons": self.reasons,
             "overlap": {
@@ -119,11 +118,11 @@ class _Writer:
             "files": files,
         }
 
-    def _flush(self, kind: str) -> None:
-        table = pa.Table.from_pylist(self.waiting.pop(kind), schema=SCHEMAS.get(kind, tables.PROMPTS))
-        shard = self.store.put_table(f"{self.path}/{kind if kind in SCHEMAS else 'parts'}", table)
-        self.files[kind].append(shard)
-        if kind not in SCHEMAS:
+    def _flush(self, folder: str, category: str) -> None:
+        table = pa.Table.from_pylist(self.waiting.pop((folder, category)), schema=tables.FOLDERS[folder])
+        shard = self.store.put_table(f"{self.path}/{folder}", table)
+        self.files[folder, category].append(shard)
+        if folder == "parts":
             self.splits[shard.path] = Counter(table["split"].to_pylist())
 
     def _inside(self, path: str) -> str:

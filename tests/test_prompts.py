@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,19 @@ def test_prompts_are_read_once_and_again_when_they_change(tmp_path: Path):
     changed = loaded(tmp_path, [*rows, _row(9999)])
     assert changed.path != first.path and changed.hash != first.hash
     assert [prompt.id for prompt in changed.prompts("sft")] == [row["id"] for row in rows] + ["row-9999"]
+
+
+@pytest.mark.parametrize("name", ["capability", "quarantined", "overlap", "prompts", "parts"])
+def test_a_category_may_have_the_name_of_what_else_is_written(tmp_path: Path, name: str):
+    category = POLICY.categories["violence"].model_copy(update={"id": name})
+    policy = replace(POLICY, categories={"erotic": POLICY.categories["erotic"], name: category})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(_row(number, category=name)) + "\n" for number in range(3)) + "{}\n")
+    lines = [line for kind in ("erotic", "capability") for line in (SPECS / "prompts" / f"{kind}.jsonl").read_text().splitlines()]
+    (tmp_path / "others.jsonl").write_text("\n".join(lines))
+    prompts = load_prompts(Store(str(tmp_path / "root")), tmp_path, policy)
+    found = Counter(prompt.category for split in SPLIT_SHARES for prompt in prompts.prompts(split))
+    assert found == {name: 3, "erotic": 32} and len(prompts.capability) == len(CAPABILITY)
+    assert prompts.counts == {"prompts": 35, "capability": len(CAPABILITY), "quarantined": 1}
 
 
 OTHER = [{"role": "user", "content": "another request"}]
