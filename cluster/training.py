@@ -141,17 +141,16 @@ def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, A
     import ray.train
 
     started, storage, run = time.monotonic(), ray.train.get_context().get_storage(), _run_directory()
-    if run and not run.exists():
-        raise UserError(f"{run}: this node does not see the directory of the run. Put the root where all nodes see it, or give a URI.")
+    if run:
+        try:
+            storage._check_validation_file()  # as Ray does before it copies: a node may have a directory of its own by this name
+        except RuntimeError as error:
+            raise UserError(f"{run}: not the run's directory on this node. All nodes have to see the same one there.") from error
 
     def moved(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        place = Path(storage.build_checkpoint_path_from_name(name))
-        for file in list(Path(checkpoint.path).rglob("*")):
-            if file.is_file():
-                target = place / file.relative_to(checkpoint.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.rename(target)
-        return ray.train.Checkpoint(str(place), storage.storage_filesystem)
+        place = storage.build_checkpoint_path_from_name(name)
+        shutil.copytree(checkpoint.path, place, copy_function=os.replace, dirs_exist_ok=True)
+        return ray.train.Checkpoint(place, storage.storage_filesystem)
 
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=run) as directory:
         engine.save(directory, state)

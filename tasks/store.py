@@ -222,7 +222,8 @@ class Store:
         try:
             source = self.path(path) if self.local else io.BytesIO(self.read(path))
             file = pq.ParquetFile(source, page_checksum_verification=True)
-            wrong = wrong_column(path, file.schema_arrow)
+            if wrong := wrong_column(path, file.schema_arrow):
+                raise Corrupt(f"{path}: {wrong}")
             table = file.read(columns, use_threads=False)
         except FileNotFoundError:
             raise Missing(f"{self.path(path)} is gone. Start the same command again: what is missing is made anew.") from None
@@ -230,8 +231,6 @@ class Store:
             raise Corrupt(f"{path}: {error}") from error
         if missing := set(columns or ()) - set(table.column_names):
             raise Corrupt(f"{path}: no column {', '.join(sorted(missing))}")
-        if wrong:
-            raise Corrupt(f"{path}: {wrong}")
         return table
 
     def read_tables(self, paths: Sequence[str], columns: list[str]) -> Iterator[pa.Table | None]:

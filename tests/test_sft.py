@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,7 +21,8 @@ import pytest
 import torch
 
 from cluster.errors import Diverged, UserError
-from cluster.training import UNFINISHED
+from cluster.training import UNFINISHED, report, run_workers
+from cluster.training_config import WorkersConfig
 from flows.config import RunRequest, load_run
 from tasks.offline import train_offline
 from tasks.sft import Sft
@@ -120,6 +122,17 @@ def test_a_loss_that_is_no_number_stops_the_run_at_once_and_names_the_rows(finis
     run = output.parent / ".training" / output.name
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and not output.exists()
     assert list(run.glob("checkpoint_*/state.json")), "what came before it is kept"
+
+
+@pytest.mark.slow
+def test_a_node_that_sees_another_directory_by_the_name_of_the_runs_stops_it(local_ray: None, tmp_path: Path) -> None:
+    def loop(settings: dict[str, Any]) -> None:
+        for file in (tmp_path / "run").glob(".validate*"):  # which Ray writes there; it is not in a directory of another node
+            file.unlink()
+        report({}, SimpleNamespace(save=lambda *_: None), {})
+
+    with pytest.raises(UserError, match="not the run's directory on this node"):
+        run_workers(loop, {}, WorkersConfig(ranks=1), storage=str(tmp_path), name="run")
 
 
 @pytest.fixture(scope="module")
