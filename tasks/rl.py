@@ -93,7 +93,9 @@ def rl_loop(config: dict[str, Any]) -> None:
         metrics |= describe(rows) | seconds | {"step": step, "kl_weight": kl, "train_seconds": time.monotonic() - started}
         kl = _steered(kl, metrics.get("reference_kl"), settings.kl_target)
         if step + 1 == settings.steps:
+            measuring = time.monotonic()
             metrics["forward_kl"] = rollouts.forward_kl()
+            metrics["forward_kl_seconds"] = time.monotonic() - measuring
             if job.source:
                 metrics["last_push_mismatch"] = rollouts.push(step + 1, metrics)
         whole, ended = time.monotonic() - ended, time.monotonic()

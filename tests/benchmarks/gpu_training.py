@@ -136,8 +136,11 @@ def measure(case: str, path: str, arguments: argparse.Namespace) -> dict[str, An
             synchronize, started = _clock(device)
             contenders[name](batches)
             synchronize()
+            taken = time.perf_counter() - started
+            if dist.get_rank() == 0:
+                say(f"{case}, step {number + 1} of {WARM_UP + arguments.steps}, {name}: {taken:.2f} s")
             if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
             if device.type == "cuda":
                 memory[name] = max(memory[name], torch.cuda.max_memory_allocated())
         if number >= WARM_UP:

@@ -1,7 +1,7 @@
 """Where the time of RL's steps goes: the shares of rollout, judge, training and weight transfer, and what lies outside of them.
 
 Reads the log of an RL checkpoint, for example the one that `make demo` leaves. Outside of these are the checkpoint of the training's
-state, which has a line of its own, and in the last step the measurement of the KL to where RL began. The first step is left out: it
+state and, in the last step, the measurement of the KL to where RL began, which have lines of their own. The first step is left out: it
 waits for what is loaded once.
 
     python tests/benchmarks/rl_step.py out/checkpoints/rl-*
@@ -30,7 +30,7 @@ def main(checkpoint: str) -> None:
     steps = lines[1:]
     whole = sum(line["step_seconds"] for line in steps)
     print(f"{machine()}\n\n| measured | figure | spread | limit |\n|---|---|---|---|")
-    for phase in (*PHASES, "checkpoint_seconds"):
+    for phase in (*PHASES, "checkpoint_seconds", "forward_kl_seconds"):
         shares = [100 * line.get(phase, 0.0) / line["step_seconds"] for line in steps]
         share = 100 * sum(line.get(phase, 0.0) for line in steps) / whole
         row(
