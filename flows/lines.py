@@ -83,9 +83,9 @@ class Lines:
                 self.judged.add(self.judging, [self.run.judgement_shard(receipt.file, done.shard.request.category, pairs)])
 
     def balance(self) -> None:
-        """Commits what is left. Raises SpecmillError when a line made less than it was asked for."""
-        self.judged.balance()
+        """Raises SpecmillError when a line made less than it was asked for."""
         self.drawn.balance()
+        self.judged.balance()
 
     def note(self) -> None:
         """Tells what was wanted, reused and made."""

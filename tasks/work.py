@@ -5,7 +5,7 @@ A shard says which requests it makes as pairs of a row (of a part, or of a compl
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,6 @@ class Tally:
         self.lost = list(lost)
         self._waiting: list[Shard] = []
         self._cost = Usage()
-        self._committed = 0.0
 
     def add(self, line: Line, shards: Sequence[Any]) -> None:
         """Asks a line for shards."""
@@ -103,12 +102,16 @@ class Tally:
         """Shows progress, so many seconds after the beginning. `idle`: the share of their time that engines had nothing to do."""
         self.progress(self.made + self.skipped, self.asked, self._pace(seconds, idle))
 
-    def commit(self, now: bool = False) -> None:
-        """Names the finished shards in the ledger, unless that was done a moment ago. The first entry declares the lost ones."""
-        if (self._waiting or self.lost) and (now or time.monotonic() - self._committed >= COMMIT_SECONDS):
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to commit."""
+        return bool(self._waiting or self.lost)
+
+    def commit(self) -> None:
+        """Names the finished shards in the ledger. The first entry declares the lost ones."""
+        if self.pending:
             self.ledger.commit(self._waiting, self.lost, self._cost)
             self._waiting, self.lost, self._cost = [], [], Usage()
-            self._committed = time.monotonic()
 
     def speed(self, seconds: float) -> dict[str, float]:
         """What the stage reached in so many seconds. Tokens are drawn ones; `cached`: share of prompt tokens that cost nothing."""
@@ -133,8 +136,7 @@ class Tally:
         return ", ".join(parts)
 
     def balance(self) -> None:
-        """Raises SpecmillError unless every request that was asked for is committed or was not needed."""
-        self.commit(now=True)
+        """Raises SpecmillError unless every request that was asked for was made or not needed."""
         if self.made + self.skipped != self.asked:
             raise SpecmillError(f"{self.ledger.stage}: {self.asked} rows were asked for, {self.made} made and {self.skipped} not needed")
 
@@ -177,9 +179,23 @@ class Wall:
     tail: float
 
 
+def commit_all(tallies: Iterable[Tally]) -> None:
+    """Commits what is finished, of the last tally first.
+
+    Verdicts come before the completions that they are on, whose entry has to be there before theirs: a driver that is killed in between
+    would lose the completions, draw them again and have them judged again.
+    """
+    for tally in reversed(list(tallies)):
+        tally.commit()
+
+
 def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None) -> Wall:
-    """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others."""
+    """Runs the lines until nothing is left, committing what is finished. `follow` is told of every finished shard and may add others.
+
+    Lines that come first are worked on first; what a shard of theirs needs is made by lines after them.
+    """
     started = full = heard = told = time.monotonic()
+    committed = 0.0
     idle, fresh = Idle(), set[Line]()
 
     def tell() -> None:
@@ -187,11 +203,17 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
             lines[line].tell(heard - started, idle.share(line.fleet()))
         fresh.clear()
 
-    def commit(all_busy: bool) -> None:
+    def commit() -> None:
+        """Unless that was done a moment ago."""
+        nonlocal committed
+        if any(tally.pending for tally in lines.values()) and time.monotonic() - committed >= COMMIT_SECONDS:
+            commit_all(lines.values())
+            committed = time.monotonic()
+
+    def tick(all_busy: bool) -> None:
         nonlocal full, told
         tell()
-        for tally in lines.values():
-            tally.commit()
+        commit()
         now = time.monotonic()
         if all_busy:
             full = now
@@ -200,20 +222,20 @@ def work(lines: dict[Line, Tally], follow: Callable[[Done], None] | None = None)
             told = now
 
     try:
-        for done in run(list(lines), tick=commit):
+        for done in run(list(lines), tick=tick):
             heard = time.monotonic()
             if follow:
                 follow(done)
             lines[done.line].take(done)
             idle.take(done)
             fresh.add(done.line)
-            lines[done.line].commit()
+            commit()
         tell()
     except (Conflict, Down):
         raise
     except BaseException:
-        for tally in lines.values():
-            tally.commit(now=True)
+        commit_all(lines.values())
         raise
+    commit_all(lines.values())
     ended = time.monotonic()
     return Wall(ended - started, ended - full)

@@ -146,9 +146,11 @@ class Oracle:
     ) -> dict[bytes, dict[int, int | None]]:
         """Completion -> run -> score, the last of each run."""
         scores: dict[bytes, dict[int, int | None]] = defaultdict(dict)
-        for key, count in Counter((row["completion_key"], row["content"], row["run"]) for row in judgements).items():
-            if count > max(1, self.world.draws[key[0], key[1]]):
-                self.blame(f"run {key[2]} of a completion was judged {count} times")
+        named = [shard["path"] for entry in self.entries("completions") for shard in entry["shards"]]
+        counted = Counter((row["key"], row["content"]) for path in named for row in self.rows(path))
+        for (key, content, run), count in Counter((row["completion_key"], row["content"], row["run"]) for row in judgements).items():
+            if count > counted[key, content]:  # one that was lost, and says the same when it is drawn again, is judged again
+                self.blame(f"run {run} of a completion that counted {counted[key, content]} times was judged {count} times")
         for row in judgements:
             completion = counting.get(row["completion_key"])
             if completion is None or row["content"] != completion["content"]:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,6 +26,7 @@ import flows.lines
 import tasks.complete
 import tasks.store
 import tasks.wanted
+import tasks.work
 from cluster.errors import SpecmillError
 from flows.inspect import problems
 from flows.steps import complete_and_judge_step
@@ -224,19 +225,25 @@ def _look_again(ledger: Ledger, lease: float) -> Iterator[None]:
         yield
 
 
-def _commit_if_it_works(tally: Tally, now: bool = False) -> None:
+def _commit_if_it_works(tally: Tally) -> None:
     """Counts what could not be committed as done."""
     try:
-        REAL_TALLY(tally, now)
+        REAL_TALLY(tally)
     except (Conflict, Down):
         tally._waiting, tally.lost = [], []
 
 
-def _commit_again(tally: Tally, now: bool = False) -> None:
+def _commit_again(tally: Tally) -> None:
     """Keeps what it has committed, for the next time."""
     waiting = list(tally._waiting)
-    REAL_TALLY(tally, now)
-    tally._waiting = waiting if waiting and not now and len(waiting) < 3 else tally._waiting
+    REAL_TALLY(tally)
+    tally._waiting = waiting if waiting and len(waiting) < 3 else tally._waiting
+
+
+def _one_at_a_time(tallies: Iterable[Tally]) -> None:
+    """Leaves the completions for the next time when there are verdicts."""
+    for tally in [tally for tally in tallies if tally.pending][:1]:
+        tally.commit()
 
 
 def _keep_lost(state: State, entry: dict[str, Any]) -> None:
@@ -301,6 +308,7 @@ BUGS: dict[str, list[Change]] = {
     "lost_shards_count_again": [(State, "apply", _keep_lost)],
     "failed_commit_counted": [(Tally, "commit", _commit_if_it_works)],
     "shard_committed_twice": [(Tally, "commit", _commit_again)],
+    "verdicts_before_their_completions": [(tasks.work, "commit_all", _one_at_a_time)],
     "first_judgement_counts": [(Wanted, "mark_judgements", _first_counts)],
     "judgement_without_content": [(tasks.wanted, "_beginnings", lambda column: np.ones(len(column), np.uint64))],
     "first_shard_not_seen": [(Wanted, "made", property(lambda wanted: wanted.shard > 0))],
@@ -318,7 +326,7 @@ SHOWN = {
     "put_without_reading_back": 9,
     "no_checksum_on_read": 33,
     "no_fencing": 9,
-    "claim_behind_a_second_look": 54,
+    "claim_behind_a_second_look": 41,
     "lease_never_renewed": 62,
     "failed_commit_counted": 8,
     "judgement_without_content": 12,
