@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +38,9 @@ FINAL = (UserError, Diverged)
 UNFINISHED = ".checkpoint-"
 """Beginning of the names of directories in which a rank saves its share before it is moved to its place."""
 
+BESIDE = "beside"
+"""Directory of a checkpoint on a remote storage: what the run's working directory has beside it."""
+
 COLLECTIVE_SECONDS = 1800
 """How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
 
@@ -61,7 +64,7 @@ def run_workers(
 ) -> None:
     """Calls `loop(config)` on the workers and returns when it has returned on all of them.
 
-    `storage` is a directory that all nodes see, or a URI; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
+    `storage` is a directory that all nodes see, or any fsspec URL; the run keeps its newest checkpoint under `<storage>/<name>`. Workers
     have another working directory, so paths in `config` are absolute. A worker that dies restarts the whole group, at most
     `workers.max_failures` times; a UserError or Diverged ends the run at once. Raises what a worker raised of these, and SpecmillError for
     every other end.
@@ -76,6 +79,7 @@ def run_workers(
         prepare_worker()
         loop(settings)
 
+    place, filesystem = _storage(storage)
     # On a cluster that lives on the loopback interface the ranks must not look for each other anywhere else.
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if get_node_ip_address() == "127.0.0.1" else {}
     if not workers.gpus_per_rank:
@@ -91,7 +95,8 @@ def run_workers(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=storage if "://" in storage else str(Path(storage).absolute()),
+            storage_path=place,
+            storage_filesystem=filesystem,
             # Without a limit of its own a group that finds no room in the cluster would be started for ever.
             failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -132,11 +137,11 @@ def check_memory(model_path: str, workers: WorkersConfig, training: TrainingConf
         )
 
 
-def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any]) -> float:
+def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any], work: Path, beside: Sequence[str] = ()) -> float:
     """Stores a checkpoint of the engine and of `state` (small JSON) with rank 0's metrics. All ranks call it together.
 
-    Returns the seconds that it took. Where the storage is a directory the files are written there and moved to their place; a remote
-    one gets a copy.
+    Returns the seconds that it took. Where the storage is a directory the files are written there and moved to their place. A remote one
+    gets a copy, also of what rank 0 has `beside` it in `work`, the run's working directory: another machine may go on from there.
     """
     import ray.train
 
@@ -152,28 +157,31 @@ def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, A
         shutil.copytree(checkpoint.path, place, copy_function=os.replace, dirs_exist_ok=True)
         return ray.train.Checkpoint(place, storage.storage_filesystem)
 
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=run) as directory:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=run or work) as directory:
         engine.save(directory, state)
+        for name in beside if not run and engine.rank == 0 else ():
+            _copy(work / name, Path(directory) / BESIDE / name)
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=moved if run else None)
     return time.monotonic() - started
 
 
-def resume(engine: "TrainingEngine") -> dict[str, Any] | None:
+def resume(engine: "TrainingEngine", work: Path) -> dict[str, Any] | None:
     """Loads the run's last complete checkpoint into the engine and returns its state; None at the beginning of a run.
 
-    What a rank that was killed had not yet saved in full is removed.
+    What a remote storage holds beside it comes back into `work`. What a rank that was killed had not yet saved in full is removed.
     """
     import ray.train
 
-    run = _run_directory()
-    if run and engine.rank == 0:  # no rank saves before this one takes part
-        for unfinished in run.glob(f"{UNFINISHED}*"):
+    if engine.rank == 0:  # no rank saves before this one takes part
+        for unfinished in (_run_directory() or work).glob(f"{UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as directory:
+        for path in (Path(directory) / BESIDE).glob("*") if engine.rank == 0 else ():
+            _copy(path, work / path.name)
         return engine.load(directory)
 
 
@@ -198,6 +206,26 @@ def prepare_worker() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _storage(storage: str) -> tuple[str, Any]:
+    """The path of a storage and its filesystem, which is Ray's own for a directory."""
+    if "://" not in storage:
+        return str(Path(storage).absolute()), None
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = fsspec.core.url_to_fs(storage)
+    return path, PyFileSystem(FSSpecHandler(filesystem))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file or a directory, over what is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
 
 
 def _run_directory() -> Path | None:

@@ -1,6 +1,5 @@
 """The Prefect tasks of training: each takes the checkpoint before it, and makes the next one or finds it."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
             sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
         )
         with Progress("rl", "steps") as progress, mirrored(config.trackers, id) as mirror:
-            metrics = rl.train_rl(job, str(path), progress, mirror)
+            metrics = rl.train_rl(job, ckpt.storage(store, id), progress, mirror)
         return metrics, {"sync_tolerance": job.sync_tolerance}
 
     found = _trained(run, "rl", recipe, config.rl, start, train, keeps=(run.policy_engine, *judges))
@@ -139,8 +138,9 @@ def _offline(
         rows = Store(str(path))
         shard = rows.put_table("rows", table)
         with Progress(kind, "steps") as progress, mirrored(run.config.trackers, id) as mirror:
-            output = str(path / "model")
-            metrics = train_offline(objective, rows.path(shard.path), start.model.path, output, config, progress, development, mirror)
+            output, state = str(path / "model"), f"{ckpt.storage(run.store, id)}/.training"
+            source = rows.path(shard.path)
+            metrics = train_offline(objective, source, start.model.path, output, config, progress, development, mirror, state)
         return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
 
     found = _trained(run, kind, recipe, config, start, train, keeps=(run.policy_engine,) if prompts else ())
@@ -175,8 +175,7 @@ def _trained(
         origin |= {"from": start.id, "code": code_version(), "ranks": config.ranks, "gpus_per_rank": config.gpus_per_rank}
         finished = ckpt.finish(run.store, id, kind, recipe | origin, metrics)
         (path / "weights.safetensors").unlink(missing_ok=True)
-        for state in (".training", "train"):
-            shutil.rmtree(path / state, ignore_errors=True)
+        ckpt.forget_state(run.store, id)
         return finished
 
     return made_once(run, f"checkpoints/{id}", lambda: ckpt.find(run.store, id), make)

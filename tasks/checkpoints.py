@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,9 @@ from tasks.store import File, Missing, Store
 
 KEPT = ("model", "rows", "tensorboard", "metrics.jsonl")
 """What of a checkpoint's folder outlives its training."""
+
+STATE = (".training", "train")
+"""What does not: the state of offline training, and of RL."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ def directory(store: Store, id: str) -> Path:
     """
     root = Path(store.base) if store.local else cache_dir() / "roots" / digest(store.root)[:16]
     return root / "checkpoints" / id
+
+
+def storage(store: Store, id: str) -> str:
+    """Where the state of a checkpoint's training lies: in its directory, or, if the root is none, under the root."""
+    return str(directory(store, id)) if store.local else f"{store.root.rstrip('/')}/checkpoints/{id}"
+
+
+def forget_state(store: Store, id: str) -> None:
+    """Removes the state of a training that is finished."""
+    for name in STATE:
+        shutil.rmtree(directory(store, id) / name, ignore_errors=True)
+        for path in [] if store.local else [path for path, *_ in store.files(f"checkpoints/{id}/{name}")]:
+            store.delete(path)
 
 
 def find(store: Store, id: str) -> Checkpoint | None:

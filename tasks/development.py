@@ -95,6 +95,12 @@ class Watch:
         return asdict(self._best)
 
     @property
+    def kept(self) -> list[str]:
+        """The folder with the weights of the best look, where there is one."""
+        assert self._best
+        return [self._kept(self._best.step).name] if self._best.step else []
+
+    @property
     def over(self) -> bool:
         """Whether training has not got better for long enough."""
         return self._best is not None and self._best.worse >= self._development.config.patience

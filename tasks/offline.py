@@ -96,19 +96,20 @@ def train_offline(
     progress: Progress | None = None,
     development: Development | None = None,
     mirror: Mirror | None = None,
+    storage: str | None = None,
 ) -> dict[str, Any]:
     """Trains the checkpoint `model_path` on a Parquet file and exports to `output`; returns the last step's metrics.
 
     Beside the weights `output` gets `metrics.jsonl` and `run.json`; the curves for TensorBoard go next to it. Until then the run lies in
-    `.training/<name>` next to `output`, where all nodes must see it. Raises UserError when that place belongs to a run with other
-    rows or another configuration, and for rows that cannot be learnt from.
+    `.training/<name>` next to `output`, where all nodes must see it; its checkpoints lie there too, or in `<name>` under `storage`, any
+    fsspec URL. Raises UserError when that place belongs to a run with other rows or another configuration, and for rows that cannot be
+    learnt from.
     """
     target = Path(output).absolute()
-    storage = target.parent / ".training"
     table = read_rows(objective, rows_path)
     _check_lengths(objective, table, model_path)
     identity = json.dumps(_identity(objective, rows_path, model_path, config), indent=1)
-    run = storage / target.name
+    run = target.parent / ".training" / target.name
     if _claims(target, identity):
         _keep_curves(run, target)
         return last_line(target / "metrics.jsonl")
@@ -120,7 +121,7 @@ def train_offline(
         objective, config, str(Path(rows_path).absolute()), str(Path(model_path).absolute()), str(target), str(run), development
     )
     with followed(run / "metrics.jsonl", total, progress or Progress(objective.name, "steps"), mirror or Mirror({})):
-        run_workers(offline_loop, {"job": job}, config, storage=str(storage), name=target.name)
+        run_workers(offline_loop, {"job": job}, config, storage=storage or str(run.parent), name=target.name)
     _keep_curves(run, target)
     return last_line(target / "metrics.jsonl")
 
@@ -136,7 +137,7 @@ def offline_loop(settings: dict[str, Any]) -> None:
     total = config.epochs * steps_per_epoch(table.num_rows, config.rows_per_step)
     engine = TrainingEngine(job.model_path, config.training, total)
     objective.begin(engine, run)
-    state = resume(engine) or {"step": 0, "development": None}
+    state = resume(engine, run) or {"step": 0, "development": None}
     first, before = state["step"], dict[str, float]()
     watch = Watch(job.development, run, state["development"]) if job.development else None
     if watch and not state["development"]:
@@ -161,14 +162,15 @@ def offline_loop(settings: dict[str, Any]) -> None:
         if watch and watch.over:
             break
         if (step + 1) % config.save_every_steps == 0 and step + 1 < total:  # what follows the last step is the export
-            report(line, engine, {"step": step + 1, "development": watch.state if watch else None})
+            beside = [metrics_file.name, *(watch.kept if watch else ())]
+            report(line, engine, {"step": step + 1, "development": watch.state if watch else None}, run, beside)
             if watch:
                 watch.forget(engine)
-    beside = [metrics_file, run / "run.json"]
+    records = [metrics_file, run / "run.json"]
     if watch:
-        watch.publish(engine, Path(job.output), beside)
+        watch.publish(engine, Path(job.output), records)
     else:
-        engine.export(job.output, beside)
+        engine.export(job.output, records)
 
 
 def read_rows(objective: type[Objective], path: str) -> pa.Table:

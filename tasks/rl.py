@@ -74,7 +74,7 @@ def rl_loop(config: dict[str, Any]) -> None:
     job: RlJob = config["job"]
     settings = job.config
     engine = TrainingEngine(job.start_path, settings.training, settings.steps)
-    state = resume(engine) or {"step": 0, "kl": settings.kl, "groups": 0}
+    state = resume(engine, _log(job).parent) or {"step": 0, "kl": settings.kl, "groups": 0}
     rollouts = Rollouts(job, engine, state["groups"])
     log = TrainingLog(_log(job), state["step"]) if engine.rank == 0 else None
     kl, saving, ended = state["kl"], 0.0, time.monotonic()
@@ -106,7 +106,8 @@ def rl_loop(config: dict[str, Any]) -> None:
             if found and settings.alarm == "stop":
                 raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop)")
         due = (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps  # what follows the last step is the export
-        saving = report(metrics, engine, {"step": step + 1, "kl": kl, "groups": rollouts.groups}) if due else 0.0
+        state = {"step": step + 1, "kl": kl, "groups": rollouts.groups}
+        saving = report(metrics, engine, state, _log(job).parent, [_log(job).name]) if due else 0.0
     engine.export(job.output)
 
 

@@ -183,6 +183,8 @@ class Store:
         except FileNotFoundError:
             return
         for path, about in sorted(found.items()):
+            if about["type"] == "directory":  # s3fs finds the folder itself where a server keeps one that is empty
+                continue
             known = next((name for name in ("mtime", "LastModified") if name in about), None)
             changed = about[known] if known else self.fs.modified(path)
             seconds = changed if isinstance(changed, float) else changed.timestamp()

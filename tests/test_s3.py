@@ -3,13 +3,17 @@
 Nothing here is a stand-in but the address: credentials, conditional writes, checksums and restarts are the server's own.
 """
 
+import json
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +25,8 @@ from tiny_run import write_run
 
 from cluster.errors import UserError
 from cluster.models import weights_digest
+from cluster.training import report, resume, run_workers
+from cluster.training_config import WorkersConfig
 from flows.inspect import problems
 from tasks import store as store_module
 from tasks import tables
@@ -154,17 +160,59 @@ def test_a_dead_store_stops_with_a_clear_message(server: S3Server, root: str, mo
 
 
 @pytest.fixture()
-def servers(root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Prefect and Ray, whose workers know where the store is and wait 20 s for it."""
+def workers(root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray, whose workers know where the store is and wait 20 s for it."""
     import ray
-    from prefect.testing.utilities import prefect_test_harness
 
     from cluster.session import ray_session
 
     monkeypatch.setenv("SPECMILL_STORE_SECONDS", "20")
-    with prefect_test_harness(server_startup_timeout=180), ray_session():
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    with ray_session():
         monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
+
+
+@pytest.fixture()
+def servers(workers: None) -> Iterator[None]:
+    """Prefect and Ray."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+def test_another_machine_goes_on_from_what_a_training_has_in_the_store(root: str, workers: None, tmp_path: Path) -> None:
+    class NoEngine:
+        """Saves and loads nothing but the state of the loop."""
+
+        rank = 0
+
+        def save(self, directory: str, state: dict[str, int]) -> None:
+            (Path(directory) / "state.json").write_text(json.dumps(state))
+
+        def load(self, directory: str) -> Any:
+            return json.loads((Path(directory) / "state.json").read_text())
+
+    def loop(machine: str) -> None:
+        work = tmp_path / machine
+        work.mkdir()
+        state = resume(NoEngine(), work) or {"step": 0}
+        for step in range(state["step"], 4):
+            with (work / "lines").open("a") as lines:
+                lines.write(f"{step} {machine}\n")
+            if (step, machine) == (2, "first"):
+                raise UserError("the first machine is gone")
+            report({}, NoEngine(), {"step": step + 1}, work, ["lines"])
+
+    def train(machine: str) -> None:
+        run_workers(lambda _: loop(machine), {}, WorkersConfig(ranks=1), storage=f"{root}/training", name="run")
+
+    with pytest.raises(UserError, match="is gone"):
+        train("first")
+    train("second")
+    assert (tmp_path / "second" / "lines").read_text().splitlines() == ["0 first", "1 first", "2 second", "3 second"]
+    assert not list(tmp_path.glob("*/.checkpoint-*")), "a copy on the way to the store is removed"
 
 
 def test_a_run_lives_through_a_restart_of_its_store_and_stops_when_it_is_dead(
@@ -254,12 +302,21 @@ def test_a_run_through_a_store_that_fails_now_and_then_makes_what_it_makes_of_a_
 
 
 @pytest.mark.soak
-def test_a_checkpoint_of_a_remote_root_is_reused_where_nothing_of_it_is(
+def test_what_is_trained_under_a_remote_root_goes_on_and_is_reused_where_nothing_of_it_is(
     root: str, servers: None, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SFT with a root on S3: trained in the cache, kept in the store, and fetched from there by a machine with an empty cache."""
+    """SFT with a root on S3: trained in the cache, kept in the store, and fetched from there by machines with an empty cache."""
     from flows.config import RunRequest
     from flows.train import train
+
+    def interrupt() -> None:
+        while not Store(root).glob("checkpoints/*/.training/model/checkpoint_manager_snapshot.json"):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def lines() -> list[str]:
+        found = (tmp_path / "cache").glob("roots/*/checkpoints/*/**/model/metrics.jsonl")
+        return next(found).read_text().splitlines()
 
     monkeypatch.setenv("SPECMILL_CACHE", str(tmp_path / "cache"))
     engine = {"backend": "fake", "engines": 2}
@@ -274,14 +331,23 @@ def test_a_checkpoint_of_a_remote_root_is_reused_where_nothing_of_it_is(
         "judge": {"engine": engine, "k": 1},
         "select": {"threshold": 3},
         "train": ["sft"],
-        "sft": {"epochs": 1, "rows_per_step": 64},
+        "sft": {"epochs": 2, "rows_per_step": 8, "save_every_steps": 2},
         "evaluate": {"engine": served},
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(content))
     request = RunRequest(file=str(file))
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(request)
+    interrupter.join()
+    begun = lines()
+    shutil.rmtree(tmp_path / "cache")
     (trained,) = train(request)
     assert not trained.reused and problems(root)[0] == []
+    assert lines()[:2] == begun[:2] and len(lines()) > len(begun), "with their times: they came from the store"
+    assert not list(Store(root).files(f"checkpoints/{trained.id}/.training"))
     shutil.rmtree(tmp_path / "cache")
     (found,) = train(request)
     assert found.reused and (found.weights, found.id) == (trained.weights, trained.id)

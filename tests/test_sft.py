@@ -129,7 +129,7 @@ def test_a_node_that_sees_another_directory_by_the_name_of_the_runs_stops_it(loc
     def loop(settings: dict[str, Any]) -> None:
         for file in (tmp_path / "run").glob(".validate*"):  # which Ray writes there; it is not in a directory of another node
             file.unlink()
-        report({}, SimpleNamespace(save=lambda *_: None), {})
+        report({}, SimpleNamespace(save=lambda *_: None), {}, tmp_path)
 
     with pytest.raises(UserError, match="not the run's directory on this node"):
         run_workers(loop, {}, WorkersConfig(ranks=1), storage=str(tmp_path), name="run")
