@@ -215,7 +215,7 @@ def _storage(storage: str) -> tuple[str, Any]:
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    filesystem, path = fsspec.core.url_to_fs(storage)
+    filesystem, path = fsspec.core.url_to_fs(storage, use_listings_cache=False)  # workers write what the controller looks for
     return path, PyFileSystem(FSSpecHandler(filesystem))
 
 

@@ -27,7 +27,7 @@ from tasks.losses import TokenLoss
 from tasks.progress import Progress
 from tasks.stage_config import OfflineConfig
 from tasks.trackers import Mirror
-from tasks.training_log import TrainingLog, followed, last_line
+from tasks.training_log import FILES, TrainingLog, followed, last_line
 
 if TYPE_CHECKING:
     from cluster.causal_model import TokenScores
@@ -162,7 +162,7 @@ def offline_loop(settings: dict[str, Any]) -> None:
         if watch and watch.over:
             break
         if (step + 1) % config.save_every_steps == 0 and step + 1 < total:  # what follows the last step is the export
-            beside = [metrics_file.name, *(watch.kept if watch else ())]
+            beside = [*FILES, *(watch.kept if watch else ())]
             report(line, engine, {"step": step + 1, "development": watch.state if watch else None}, run, beside)
             if watch:
                 watch.forget(engine)

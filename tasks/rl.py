@@ -32,7 +32,7 @@ from tasks.rl_metrics import alarms, describe
 from tasks.rollout import DRAW, DrawShard
 from tasks.store import Store
 from tasks.trackers import Mirror
-from tasks.training_log import TrainingLog, followed, last_line
+from tasks.training_log import FILES, TrainingLog, followed, last_line
 
 STAGE = "rollouts"
 PROBE_TOKENS = 16
@@ -107,7 +107,7 @@ def rl_loop(config: dict[str, Any]) -> None:
                 raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop)")
         due = (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps  # what follows the last step is the export
         state = {"step": step + 1, "kl": kl, "groups": rollouts.groups}
-        saving = report(metrics, engine, state, _log(job).parent, [_log(job).name]) if due else 0.0
+        saving = report(metrics, engine, state, _log(job).parent, FILES) if due else 0.0
     engine.export(job.output)
 
 

@@ -15,6 +15,8 @@ from tasks.progress import Progress, say
 from tasks.trackers import Mirror
 
 POLL_SECONDS = 1.0
+FILES = ("metrics.jsonl", "tensorboard")
+"""What a log is made of, in the working directory of its run."""
 
 
 class TrainingLog:

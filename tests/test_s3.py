@@ -347,6 +347,7 @@ def test_what_is_trained_under_a_remote_root_goes_on_and_is_reused_where_nothing
     (trained,) = train(request)
     assert not trained.reused and problems(root)[0] == []
     assert lines()[:2] == begun[:2] and len(lines()) > len(begun), "with their times: they came from the store"
+    assert len(list((tmp_path / "cache").glob("roots/*/checkpoints/*/tensorboard/*"))) == 2, "one file of each machine"
     assert not list(Store(root).files(f"checkpoints/{trained.id}/.training"))
     shutil.rmtree(tmp_path / "cache")
     (found,) = train(request)
