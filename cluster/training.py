@@ -41,6 +41,12 @@ UNFINISHED = ".checkpoint-"
 BESIDE = "beside"
 """Directory of a checkpoint on a remote storage: what the run's working directory has beside it."""
 
+S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,  # workers write what the controller looks for
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}, "connect_timeout": 10, "read_timeout": 60},
+}
+"""How a remote storage is reached: one that does not answer is asked again, with pauses of up to 20 s in between."""
+
 COLLECTIVE_SECONDS = 1800
 """How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
 
@@ -173,16 +179,28 @@ def resume(engine: "TrainingEngine", work: Path) -> dict[str, Any] | None:
     """
     import ray.train
 
+    run = _run_directory()
+    if not run and not work.is_dir():
+        raise UserError(f"{work}: not there on this node. All nodes have to see the same directory there (SPECMILL_CACHE).")
     if engine.rank == 0:  # no rank saves before this one takes part
-        for unfinished in (_run_directory() or work).glob(f"{UNFINISHED}*"):
+        for unfinished in (run or work).glob(f"{UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
-    with checkpoint.as_directory() as directory:
-        for path in (Path(directory) / BESIDE).glob("*") if engine.rank == 0 else ():
+    if run:
+        return engine.load(checkpoint.path)
+    directory = work / f"{UNFINISHED}fetched"
+    if engine.rank == 0:
+        checkpoint.to_directory(directory)
+        for path in (directory / BESIDE).glob("*"):
             _copy(path, work / path.name)
-        return engine.load(directory)
+    agreed(None)
+    state = engine.load(directory)
+    agreed(None)
+    if engine.rank == 0:
+        shutil.rmtree(directory)
+    return state
 
 
 def agreed(value: T) -> T:
@@ -215,8 +233,15 @@ def _storage(storage: str) -> tuple[str, Any]:
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    filesystem, path = fsspec.core.url_to_fs(storage, use_listings_cache=False)  # workers write what the controller looks for
-    return path, PyFileSystem(FSSpecHandler(filesystem))
+    class Buckets(FSSpecHandler):
+        """An object store, in which no directory needs to be made: to look for the bucket takes rights that a prefix does not give."""
+
+        def create_dir(self, path: str, recursive: bool) -> None:
+            """Nothing to do."""
+
+    s3 = storage.startswith(("s3://", "s3a://"))
+    filesystem, path = fsspec.core.url_to_fs(storage, **(S3_OPTIONS if s3 else {}))
+    return path, PyFileSystem((Buckets if s3 else FSSpecHandler)(filesystem))
 
 
 def _copy(source: Path, target: Path) -> None:

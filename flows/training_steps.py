@@ -85,7 +85,7 @@ def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
             id=id,
             start_path=start.model.path,
             output=str(path / "model"),
-            weights_file=str(path / "weights.safetensors"),
+            weights_file=str(path / ckpt.WEIGHTS),
             config=config.rl,
             source=source,
             sync_tolerance=rl.sync_tolerance(config.rl, config.evaluate.engine.dtype),
@@ -134,7 +134,7 @@ def _offline(
         if config.development:
             run.start(run.policy_engine)
             engines = run.policy_engine.fleet()
-            development = Development(config.development, prompts, run.policy, start.model.path, engines, str(path / "weights.safetensors"))
+            development = Development(config.development, prompts, run.policy, start.model.path, engines, str(path / ckpt.WEIGHTS))
         rows = Store(str(path))
         shard = rows.put_table("rows", table)
         with Progress(kind, "steps") as progress, mirrored(run.config.trackers, id) as mirror:
@@ -173,9 +173,8 @@ def _trained(
         if start.path is None:
             origin["from_model"] = start.model.path
         origin |= {"from": start.id, "code": code_version(), "ranks": config.ranks, "gpus_per_rank": config.gpus_per_rank}
-        finished = ckpt.finish(run.store, id, kind, recipe | origin, metrics)
-        (path / "weights.safetensors").unlink(missing_ok=True)
-        ckpt.forget_state(run.store, id)
-        return finished
+        return ckpt.finish(run.store, id, kind, recipe | origin, metrics)
 
-    return made_once(run, f"checkpoints/{id}", lambda: ckpt.find(run.store, id), make)
+    found = made_once(run, f"checkpoints/{id}", lambda: ckpt.find(run.store, id), make)
+    ckpt.forget_state(run.store, id)
+    return found

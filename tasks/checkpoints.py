@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.models import Model, cache_dir
+from cluster.training import UNFINISHED
 from tasks.keys import digest
 from tasks.manifest import CHECKPOINT
 from tasks.store import File, Missing, Store
@@ -19,6 +20,9 @@ KEPT = ("model", "rows", "tensorboard", "metrics.jsonl")
 
 STATE = (".training", "train")
 """What does not: the state of offline training, and of RL."""
+
+WEIGHTS = "weights.safetensors"
+"""What engines take a trainer's weights from."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,14 @@ def storage(store: Store, id: str) -> str:
 
 
 def forget_state(store: Store, id: str) -> None:
-    """Removes the state of a training that is finished."""
-    for name in STATE:
-        shutil.rmtree(directory(store, id) / name, ignore_errors=True)
-        for path in [] if store.local else [path for path, *_ in store.files(f"checkpoints/{id}/{name}")]:
-            store.delete(path)
+    """Removes what only the training of a finished checkpoint needed, be it finished here or on another machine."""
+    place = directory(store, id)
+    (place / WEIGHTS).unlink(missing_ok=True)
+    for path in [*(place / name for name in STATE), *place.glob(f"{UNFINISHED}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in () if store.local else STATE:
+        for remote in [path for path, *_ in store.files(f"checkpoints/{id}/{name}")]:
+            store.delete(remote)
 
 
 def find(store: Store, id: str) -> Checkpoint | None:

@@ -184,34 +184,43 @@ def servers(workers: None) -> Iterator[None]:
 
 def test_another_machine_goes_on_from_what_a_training_has_in_the_store(root: str, workers: None, tmp_path: Path) -> None:
     class NoEngine:
-        """Saves and loads nothing but the state of the loop."""
+        """Saves and loads nothing but the state of the loop, each rank in a file of its own."""
 
-        rank = 0
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
 
         def save(self, directory: str, state: dict[str, int]) -> None:
-            (Path(directory) / "state.json").write_text(json.dumps(state))
+            (Path(directory) / f"state-{self.rank}.json").write_text(json.dumps(state))
 
-        def load(self, directory: str) -> Any:
-            return json.loads((Path(directory) / "state.json").read_text())
+        def load(self, directory: Path) -> Any:
+            return json.loads((directory / f"state-{self.rank}.json").read_text())
 
     def loop(machine: str) -> None:
-        work = tmp_path / machine
-        work.mkdir()
-        state = resume(NoEngine(), work) or {"step": 0}
+        import ray.train
+
+        rank, work = ray.train.get_context().get_world_rank(), tmp_path / machine
+        engine = NoEngine(rank)
+        state = resume(engine, work) or {"step": 0}
         for step in range(state["step"], 4):
-            with (work / "lines").open("a") as lines:
-                lines.write(f"{step} {machine}\n")
+            if rank == 0:
+                with (work / "log" / "lines").open("a") as lines:
+                    lines.write(f"{step} {machine}\n")
             if (step, machine) == (2, "first"):
                 raise UserError("the first machine is gone")
-            report({}, NoEngine(), {"step": step + 1}, work, ["lines"])
+            report({}, engine, {"step": step + 1}, work, ["log"])
 
     def train(machine: str) -> None:
-        run_workers(lambda _: loop(machine), {}, WorkersConfig(ranks=1), storage=f"{root}/training", name="run")
+        (tmp_path / machine / "log").mkdir(parents=True)
+        run_workers(lambda _: loop(machine), {}, WorkersConfig(ranks=2), storage=f"{root}/training", name="run")
 
     with pytest.raises(UserError, match="is gone"):
         train("first")
     train("second")
-    assert (tmp_path / "second" / "lines").read_text().splitlines() == ["0 first", "1 first", "2 second", "3 second"]
+    lines = [line.split() for line in (tmp_path / "second" / "log" / "lines").read_text().splitlines()]
+    assert [step for step, _ in lines] == ["0", "1", "2", "3"]
+    begun = [machine for _, machine in lines].count("first")
+    assert begun in (1, 2), "the ranks may have stopped before the second checkpoint was complete"
+    assert [machine for _, machine in lines] == ["first"] * begun + ["second"] * (4 - begun)
     assert not list(tmp_path.glob("*/.checkpoint-*")), "a copy on the way to the store is removed"
 
 

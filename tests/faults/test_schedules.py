@@ -240,9 +240,8 @@ def _commit_again(tally: Tally) -> None:
     tally._waiting = waiting if waiting and len(waiting) < 3 else tally._waiting
 
 
-def _one_at_a_time(tallies: Iterable[Tally]) -> None:
-    """Leaves the completions for the next time when there are verdicts."""
-    for tally in [tally for tally in tallies if tally.pending][:1]:
+def _verdicts_first(tallies: Iterable[Tally]) -> None:
+    for tally in list(tallies):
         tally.commit()
 
 
@@ -308,7 +307,7 @@ BUGS: dict[str, list[Change]] = {
     "lost_shards_count_again": [(State, "apply", _keep_lost)],
     "failed_commit_counted": [(Tally, "commit", _commit_if_it_works)],
     "shard_committed_twice": [(Tally, "commit", _commit_again)],
-    "verdicts_before_their_completions": [(tasks.work, "commit_all", _one_at_a_time)],
+    "verdicts_before_their_completions": [(tasks.work, "commit_all", _verdicts_first)],
     "first_judgement_counts": [(Wanted, "mark_judgements", _first_counts)],
     "judgement_without_content": [(tasks.wanted, "_beginnings", lambda column: np.ones(len(column), np.uint64))],
     "first_shard_not_seen": [(Wanted, "made", property(lambda wanted: wanted.shard > 0))],
@@ -319,6 +318,7 @@ STORMS = {
     "failed_commit_counted": {"pause": 0.2},
     "judgement_without_content": {"lose_shard": 0.03},
     "first_judgement_counts": {"lose_shard": 0.03},
+    "verdicts_before_their_completions": {"crash": 0.1},
 }
 """Bug -> the faults that it takes, more of them than the weather brings."""
 SHOWN = {
