@@ -42,17 +42,19 @@ def pairs(found: Candidates, config: PairConfig) -> tuple[npt.NDArray[np.int64],
 def mean_scores(scores: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
     """Mean of the judge runs that were made, NaN where there is none or one has no score; a run may have settled the matter early."""
     made = scores > 0
-    count = made.sum(axis=1)
+    count, total = made.sum(axis=1, dtype=np.int16), np.where(made, scores, 0).sum(axis=1, dtype=np.int16)
     with np.errstate(invalid="ignore"):
-        means = np.where(made, scores, 0).sum(axis=1) / count
+        means = total / count
     means[(scores < 0).any(axis=1)] = np.nan
     return np.asarray(means, np.float64)
 
 
 def _of_prompts(found: Candidates, rewards: npt.NDArray[np.float64]) -> Iterator[npt.NDArray[np.int64]]:
     """Indices of the judged completions of each prompt that has several, by sample."""
-    judged = np.flatnonzero(~np.isnan(rewards))
-    judged = judged[np.bincount(found.prompt[judged])[found.prompt[judged]] > 1]
+    judged = ~np.isnan(rewards)
+    count = np.zeros(int(found.prompt.max(initial=0)) + 1, np.uint16)
+    np.add.at(count, found.prompt[judged], 1)
+    judged = np.flatnonzero(judged & (count > 1)[found.prompt])
     order = judged[np.lexsort((found.sample[judged], found.prompt[judged]))]
     borders = np.flatnonzero(np.diff(found.prompt[order], prepend=-1, append=-1))
     for start, end in pairwise(borders if len(order) else ()):

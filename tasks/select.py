@@ -94,7 +94,7 @@ SPARE = ("not_best_of_n", "verdict_quota", "category_quota")
 
 def passed(found: Candidates) -> npt.NDArray[np.bool_]:
     """Which completions passed the threshold, those that were more than was wanted included."""
-    return np.isin(found.reason, [number for number, reason in enumerate(found.reasons) if reason is None or reason in SPARE])
+    return np.array([reason is None or reason in SPARE for reason in found.reasons])[found.reason]
 
 
 def spare(found: Candidates, most: int) -> npt.NDArray[np.bool_]:
