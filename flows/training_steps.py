@@ -138,9 +138,8 @@ def _offline(
         rows = Store(str(path))
         shard = rows.put_table("rows", table)
         with Progress(kind, "steps") as progress, mirrored(run.config.trackers, id) as mirror:
-            output, state = str(path / "model"), f"{ckpt.storage(run.store, id)}/.training"
-            source = rows.path(shard.path)
-            metrics = train_offline(objective, source, start.model.path, output, config, progress, development, mirror, state)
+            source, output, storage = rows.path(shard.path), str(path / "model"), ckpt.storage(run.store, id)
+            metrics = train_offline(objective, source, start.model.path, output, config, progress, development, mirror, storage)
         return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
 
     found = _trained(run, kind, recipe, config, start, train, keeps=(run.policy_engine,) if prompts else ())

@@ -101,8 +101,8 @@ def train_offline(
     """Trains the checkpoint `model_path` on a Parquet file and exports to `output`; returns the last step's metrics.
 
     Beside the weights `output` gets `metrics.jsonl` and `run.json`; the curves for TensorBoard go next to it. Until then the run lies in
-    `.training/<name>` next to `output`, where all nodes must see it; its checkpoints lie there too, or in `<name>` under `storage`, any
-    fsspec URL. Raises UserError when that place belongs to a run with other rows or another configuration, and for rows that cannot be
+    `.training/<name>` next to `output`, where all nodes must see it; its checkpoints lie there too, or by the same name under `storage`,
+    any fsspec URL. Raises UserError when that place belongs to a run with other rows or another configuration, and for rows that cannot be
     learnt from.
     """
     target = Path(output).absolute()
@@ -121,7 +121,7 @@ def train_offline(
         objective, config, str(Path(rows_path).absolute()), str(Path(model_path).absolute()), str(target), str(run), development
     )
     with followed(run / "metrics.jsonl", total, progress or Progress(objective.name, "steps"), mirror or Mirror({})):
-        run_workers(offline_loop, {"job": job}, config, storage=storage or str(run.parent), name=target.name)
+        run_workers(offline_loop, {"job": job}, config, storage=f"{storage or target.parent}/.training", name=target.name)
     _keep_curves(run, target)
     return last_line(target / "metrics.jsonl")
 

@@ -30,12 +30,10 @@ class Engines:
             return row | {"quarantined": "the engine gave no completion"}
         thought = f"{shard.request.spec.text} on {prompt['id']}\nClauses: VI1\nVerdict: comply"
         answer = (
-            f"answer {sample} in words {self.world.draws.total() if self.fickle else 0}"
-            if sample != 1 or not prompt["id"].endswith("-1")
-            else ""
+            f"answer {sample} in words {self.world.draws if self.fickle else 0}" if sample != 1 or not prompt["id"].endswith("-1") else ""
         )
         content = bytes.fromhex(digest([thought, answer]))[:16]
-        self.world.draws[row["key"], content] += 1
+        self.world.draws += 1
         return row | {
             "thought": thought, "answer": answer, "malformed": None, "finish_reason": "stop", "content": content, "cited_verdict": "comply",
             "cited_clauses": ["VI1"], "token_ids": [1],

@@ -2,7 +2,6 @@
 
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -109,8 +108,8 @@ class World:
         self.trace: list[str] = []
         self.fibers: list[Fiber] = []
         self.current: Fiber | None = None
-        self.draws: Counter[tuple[bytes, bytes]] = Counter()
-        """(key, content) -> how often a completion was drawn."""
+        self.draws = 0
+        """Completions that were drawn."""
         self.on_entry: Callable[[str, bytes], None] = lambda path, content: None
         self._main = threading.Lock()
         self._main.acquire()
