@@ -23,7 +23,7 @@ from tasks.preferences import mean_scores, pairs
 from tasks.prompt_set import PromptSet
 from tasks.select import Candidates, SelectConfig, funnel, funnel_markdown, spare
 from tasks.store import Shard, Store
-from tasks.wanted import Wanted, places_among
+from tasks.wanted import Wanted
 
 FILE_ROWS = 16384
 OPTIONAL = ("spare", "preferences")
@@ -152,15 +152,14 @@ def _views(
     store: Store, prompts: PromptSet, wanted: Wanted, found: Candidates, config: SelectConfig, judge: dict[str, Any]
 ) -> Iterator[dict[str, pa.Table]]:
     """The views of every part of the prompts."""
-    all_scores, is_kept, is_spare = found.score, found.kept, spare(found, config.spare)
-    chosen, rejected = pairs(found, config.pairs)
     for part, index in wanted.by_part():
+        here = found.take(index)
         made = wanted.rows(store, index, COMPLETED)
         asked = store.read_table(part.path, ["id", "messages", "cell", "group", "ideal_verdict"]).take(wanted.row[index])
-        scores, score = found.scores[index], all_scores[index]
+        scores, score = here.scores, here.score
         starts = np.concatenate([[0], np.cumsum((scores > 0).sum(axis=1))]).astype(np.int32)
-        kept = pa.array(is_kept[index])
-        reasons = [found.reasons[number] for number in found.reason[index]]
+        kept = pa.array(here.kept)
+        reasons = [found.reasons[number] for number in here.reason]
         same = {"prompt_id": asked["id"], "category": made["category"]}
         audit = same | {
             "key": made["key"],
@@ -184,11 +183,10 @@ def _views(
         }
         train = same | {"messages": asked["messages"], "thought": made["thought"], "answer": made["answer"]}
         training = pa.table([train[name] for name in tables.TRAINING_VIEW.names], schema=tables.TRAINING_VIEW)
-        here = np.isin(chosen, index)
         yield {
             "data": training.filter(kept),
-            "spare": training.filter(pa.array(is_spare[index])),
-            "preferences": _preferences(training, made["key"], mean_scores(scores), index, chosen[here], rejected[here]),
+            "spare": training.filter(pa.array(spare(here, config.spare))),
+            "preferences": _preferences(training, made["key"], mean_scores(scores), *pairs(here, config.pairs)),
             "audit": pa.table([audit[name] for name in tables.AUDIT_VIEW.names], schema=tables.AUDIT_VIEW),
         }
 
@@ -197,13 +195,12 @@ def _preferences(
     rows: pa.Table,
     keys: pa.ChunkedArray,
     scores: npt.NDArray[np.float64],
-    index: npt.NDArray[np.int64],
     chosen: npt.NDArray[np.int64],
     rejected: npt.NDArray[np.int64],
 ) -> pa.Table:
-    """The pairs among the completions `index`."""
+    """The pairs among some completions."""
     rows = rows.append_column("key", keys).append_column("score", pa.array(scores, pa.float32()))
-    sides = {"chosen": rows.take(places_among(index, chosen)), "rejected": rows.take(places_among(index, rejected))}
+    sides = {"chosen": rows.take(chosen), "rejected": rows.take(rejected)}
     columns = {name: sides["chosen"][name] for name in ("prompt_id", "category", "messages")}
     columns |= {f"{side}_{name}": table[name] for side, table in sides.items() for name in ("thought", "answer", "score", "key")}
     return pa.table([columns[name] for name in tables.PREFERENCES.names], schema=tables.PREFERENCES)

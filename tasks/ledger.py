@@ -155,7 +155,7 @@ class Ledger:
                 raise self._fenced
             state = self._state or self._read()
             if state.entries and state.entries % SNAPSHOT_ENTRIES == 0:
-                content = vars(state) | {"shards": list(map(vars, state.shards.values()))}
+                content = vars(state) | {"shards": list(map(asdict, state.shards.values()))}
                 content |= {"usage": asdict(state.usage), "last": asdict(state.last)}
                 self.store.put(self._snapshot(state.entries // SNAPSHOT_ENTRIES), json.dumps(content).encode())
             ends, cost = ended or not self._lease, usage or Usage()

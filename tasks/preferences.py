@@ -5,6 +5,7 @@ A completion's reward is the mean of its judge runs. Chosen are only completions
 
 import hashlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def require_pairs(manifest: dict[str, Any], config: PairConfig) -> None:
 
 
 def pairs(found: Candidates, config: PairConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices of chosen and of rejected completions, by category and in the order of its prompts."""
+    """Indices of chosen and of rejected completions, in the order of the prompts."""
     chosen: list[int] = []
     rejected: list[int] = []
     for index, rewards, good in _of_prompts(found) if config.per_prompt else ():
@@ -47,20 +48,15 @@ def mean_scores(scores: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
 
 
 def _of_prompts(found: Candidates) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]]:
-    """The judged completions of each prompt that has several, by sample: their indices, their rewards and which of them passed.
-
-    Category by category: the rewards of all would be a fifth of what the driver holds.
-    """
-    good = passed(found)
-    for category in range(len(found.categories)):
-        index = np.flatnonzero(found.category == category)
-        index = index[np.lexsort((found.sample[index], found.prompt[index]))]
-        rewards = mean_scores(found.scores[index])
-        index, rewards = index[~np.isnan(rewards)], rewards[~np.isnan(rewards)]
-        borders = np.flatnonzero(np.diff(found.prompt[index].astype(np.int64), prepend=-1, append=-1))
-        several = np.flatnonzero(np.diff(borders) > 1)
-        for start, end in zip(borders[several], borders[several + 1], strict=True):
-            yield index[start:end], rewards[start:end], good[index[start:end]]
+    """The judged completions of each prompt that has several, by sample: their indices, their rewards and which of them passed."""
+    order = np.lexsort((found.sample, found.prompt))
+    rewards = mean_scores(found.scores)[order]
+    index, rewards = order[~np.isnan(rewards)], rewards[~np.isnan(rewards)]
+    good, prompt = passed(found)[index], found.prompt[index].astype(np.int64)
+    borders = np.flatnonzero(np.diff(prompt, prepend=-1, append=-1))
+    for start, end in pairwise(borders):
+        if end - start > 1:
+            yield index[start:end], rewards[start:end], good[start:end]
 
 
 def _matched(

@@ -1,7 +1,7 @@
 """Selection: threshold, best of n, quotas, and the funnel that names every row that left and why."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -80,6 +80,11 @@ class Candidates:
     def score(self) -> npt.NDArray[np.int8]:
         """The minimum over k runs; 0 unless all runs have a score: a missing verdict is missing data."""
         return lowest(self.scores)
+
+    def take(self, index: npt.NDArray[np.int64]) -> "Candidates":
+        """Some of them."""
+        arrays = {name: getattr(self, name)[index] for name in ("category", "verdict", "prompt", "sample", "scores", "reason")}
+        return replace(self, **arrays)
 
     def drop(self, which: npt.NDArray[Any] | int, reason: str) -> None:
         """Takes completions out for a reason."""

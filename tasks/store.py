@@ -52,7 +52,7 @@ class Corrupt(SpecmillError):
     """A file is missing or its bytes are not the ones that were written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """A file under the root: its path, size in bytes and sha256 in hexadecimal."""
 
@@ -61,7 +61,7 @@ class File:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard(File):
     """A Parquet file of rows with unique keys. rows = ok + quarantined."""
 

@@ -209,7 +209,7 @@ class Wanted:
         for number, part in _groups(self.shard, index):
             found.append(store.read_table(self.shards[number].path, columns).take(self.place[part]))
             places.append(part)
-        return pa.concat_tables(found).take(places_among(np.concatenate(places), index))
+        return pa.concat_tables(found).take(_places_among(np.concatenate(places), index))
 
     def count(self, mask: npt.NDArray[Any]) -> dict[str, int]:
         """Entries of a mask by category."""
@@ -230,7 +230,7 @@ def _beginnings(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     return column_keys(column).view(np.uint64)[::2]
 
 
-def places_among(values: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _places_among(values: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Where each wanted number is among the values."""
     order = np.argsort(values)
     return order[np.searchsorted(values, wanted, sorter=order)]
