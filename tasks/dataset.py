@@ -140,7 +140,7 @@ def _newest(versions: Ledger) -> str | None:
 def _content(wanted: Wanted, found: Candidates) -> str:
     """Hash of all rows and of what became of them."""
     content = hashlib.sha256()
-    for _, index in wanted.by_part():
+    for _, _, index in wanted.by_part():
         content.update(wanted.keys[index].tobytes())
         content.update(found.scores[index].tobytes())
         content.update(wanted.content[index].tobytes())
@@ -152,10 +152,10 @@ def _views(
     store: Store, prompts: PromptSet, wanted: Wanted, found: Candidates, config: SelectConfig, judge: dict[str, Any]
 ) -> Iterator[dict[str, pa.Table]]:
     """The views of every part of the prompts."""
-    for part, index in wanted.by_part():
+    for part, rows, index in wanted.by_part():
         here = found.take(index)
         made = wanted.rows(store, index, COMPLETED)
-        asked = store.read_table(part.path, ["id", "messages", "cell", "group", "ideal_verdict"]).take(wanted.row[index])
+        asked = store.read_table(part.path, ["id", "messages", "cell", "group", "ideal_verdict"]).take(rows)
         scores, score = here.scores, here.score
         starts = np.concatenate([[0], np.cumsum((scores > 0).sum(axis=1))]).astype(np.int32)
         kept = pa.array(here.kept)

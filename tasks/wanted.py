@@ -1,13 +1,12 @@
-"""What a run wants and what is there: one entry per completion in columns of some 50 bytes, and no row.
+"""What a run wants and what is there: one entry per completion in columns of some 40 bytes, and no row.
 
 Wanted keys minus committed keys is all that resume, nightly runs and changes of n and k come down to. The completions are ordered by
-key; where a prompt lies (part, row), in which shard its completion (shard, place), what the gates said and the score of every judge run
+key; the number of the prompt, in which shard its completion (shard, place), what the gates said and the score of every judge run
 stand beside it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,12 +37,16 @@ NOT_MADE = 255
 
 @dataclass
 class Wanted:
-    """The completions of a run. Arrays of one length; `scores` has a column for each of the k runs."""
+    """The completions of a run. Arrays of one length; `scores` has a column for each of the k runs.
+
+    `prompt` counts through all parts, `category` counts `categories`, `shard` counts `shards`.
+    """
 
     parts: list[Part]
+    categories: list[str]
     keys: npt.NDArray[np.bytes_]
-    part: npt.NDArray[np.uint32]
-    row: npt.NDArray[np.uint32]
+    prompt: npt.NDArray[np.uint32]
+    category: npt.NDArray[np.uint8]
     sample: npt.NDArray[np.uint16]
     shard: npt.NDArray[np.int32]
     place: npt.NDArray[np.uint32]
@@ -54,29 +57,32 @@ class Wanted:
     reasons: list[str | None]
     """What the numbers in `dropped` mean; 0: passed. `content` is the beginning of the content's hash, `verdict` counts VERDICTS from 1."""
     shards: list[Shard]
-    """Completion shards that are there; `shard` counts them."""
+    """Completion shards that are there."""
 
     @classmethod
     def of(cls, prompts: PromptSet, split: Split, asked: dict[str, Request], n: int, k: int) -> "Wanted":
         """n samples of every prompt of a split; nothing is there yet."""
         count, end = n * prompts.size(split), 0
-        columns: list[npt.NDArray[Any]] = [np.empty(count, kind) for kind in (f"S{KEY_BYTES}", np.uint32, np.uint32, np.uint16)]
+        starts, categories = _starts(prompts.parts), sorted({part.category for part in prompts.parts})
+        columns: list[npt.NDArray[Any]] = [np.empty(count, kind) for kind in (f"S{KEY_BYTES}", np.uint32, np.uint8, np.uint16)]
         for number, table in prompts.tables(split, ["prompt_hash"]):
             start, end = end, end + n * table.num_rows
-            prefix, hashes = asked[prompts.parts[number].category].prefix, table["prompt_hash"].to_pylist()
-            keys = keys_of([completion_key(prefix, name, sample) for name in hashes for sample in range(n)])
-            rows, samples = np.repeat(table["row"].to_numpy(), n), np.tile(np.arange(n), table.num_rows)
-            for column, found in zip(columns, (keys, number, rows, samples), strict=True):
+            name, hashes = prompts.parts[number].category, table["prompt_hash"].to_pylist()
+            prefix = asked[name].prefix
+            keys = keys_of([completion_key(prefix, hash, sample) for hash in hashes for sample in range(n)])
+            numbers, samples = np.repeat(starts[number] + table["row"].to_numpy(), n), np.tile(np.arange(n), table.num_rows)
+            for column, found in zip(columns, (keys, numbers, categories.index(name), samples), strict=True):
                 column[start:end] = found
         order = np.argsort(columns[0], kind="stable")
         for place, column in enumerate(columns):  # one after the other: all of them twice would be the most that the driver ever holds
             columns[place] = column[order]
-        keys, part, row, sample = columns
+        keys, prompt, category, sample = columns
         return cls(
             parts=prompts.parts,
+            categories=categories,
             keys=keys,
-            part=part,
-            row=row,
+            prompt=prompt,
+            category=category,
             sample=sample,
             shard=np.full(count, -1, np.int32),
             place=np.zeros(count, np.uint32),
@@ -100,17 +106,6 @@ class Wanted:
     def passed(self) -> npt.NDArray[np.bool_]:
         """Which are there and passed the gates."""
         return self.dropped == 0
-
-    @cached_property
-    def category(self) -> npt.NDArray[np.uint8]:
-        """Number of the category, in the order of `categories`."""
-        number = {name: index for index, name in enumerate(self.categories)}
-        return np.array([number[part.category] for part in self.parts], np.uint8)[self.part]
-
-    @cached_property
-    def categories(self) -> list[str]:
-        """Categories of the parts."""
-        return sorted({part.category for part in self.parts})
 
     def mark_completions(self, store: Store, shards: Sequence[Shard], gates: Gates, specs: dict[str, Spec]) -> list[str]:
         """Notes where the wanted completions are, and what the gates say; of a key that is in two shards, the first counts.
@@ -162,8 +157,8 @@ class Wanted:
 
     def missing_completions(self) -> Iterator[tuple[Part, Pairs]]:
         """Completions that are not there, by part, in the order of its rows."""
-        for part, index in self._in_order(~self.made):
-            yield part, Pairs(self.row[index], self.sample[index])
+        for part, rows, index in self._in_order(~self.made):
+            yield part, Pairs(rows, self.sample[index])
 
     def missing_runs(self, config: judge.JudgeConfig, limits: dict[str, int]) -> npt.NDArray[np.bool_]:
         """(completion, run): which are wanted and not made. Unless audited, none after a score below the category's limit."""
@@ -185,23 +180,26 @@ class Wanted:
         for number, index in _groups(self.shard, np.flatnonzero(missing.any(axis=1))):
             index = index[np.argsort(self.place[index])]
             completion, run = np.nonzero(missing[index])
-            yield self.shards[number], self.parts[self.part[index[0]]].category, Pairs(self.place[index][completion], run.astype(np.uint16))
+            yield self.shards[number], self.categories[self.category[index[0]]], Pairs(self.place[index][completion], run.astype(np.uint16))
 
-    @property
-    def prompt(self) -> npt.NDArray[np.uint32]:
-        """Number of the prompt, counted through all parts."""
-        starts = np.cumsum([0, *(part.rows for part in self.parts)]).astype(np.uint32)
-        return starts[self.part] + self.row
+    def by_part(self) -> Iterator[tuple[Part, npt.NDArray[np.uint32], npt.NDArray[np.int64]]]:
+        """The completions of each part, in the order of its rows: an order that no shard and no engine has an influence on.
 
-    def by_part(self) -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
-        """Indexes of the completions of each part, in the order of its rows: an order that no shard and no engine has an influence on."""
+        Row of the part and index, for each.
+        """
         return self._in_order(np.ones(len(self), np.bool_))
 
-    def _in_order(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
-        """Indexes of the entries of a mask, by part. Sorted category by category: an index of all would be half as large as all of this."""
+    def _in_order(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[Part, npt.NDArray[np.uint32], npt.NDArray[np.int64]]]:
+        """The entries of a mask by part. Sorted category by category: an index of all would be a fifth of all of this."""
+        starts = _starts(self.parts)
         for category in range(len(self.categories)):
-            for number, index in _groups(self.part, np.flatnonzero(mask & (self.category == category))):
-                yield self.parts[number], index[np.lexsort((self.sample[index], self.row[index]))]
+            index = np.flatnonzero(mask & (self.category == category))
+            index = index[np.lexsort((self.sample[index], self.prompt[index]))]
+            prompt = self.prompt[index]
+            edges = np.searchsorted(prompt, starts)
+            for part, start, first, last in zip(self.parts, starts[:-1], edges[:-1], edges[1:], strict=True):
+                if first < last:
+                    yield part, prompt[first:last] - start, index[first:last]
 
     def rows(self, store: Store, index: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         """Columns of completions that are there, in the order of `index`."""
@@ -224,6 +222,11 @@ class Wanted:
         if reason not in self.reasons:
             self.reasons.append(reason)
         return self.reasons.index(reason)
+
+
+def _starts(parts: Sequence[Part]) -> npt.NDArray[np.uint32]:
+    """Number of the first prompt of each part, and at the end how many there are."""
+    return np.cumsum([0, *(part.rows for part in parts)]).astype(np.uint32)
 
 
 def _beginnings(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
