@@ -102,9 +102,9 @@ def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenSco
 def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None, on_gpu: bool = False) -> ScoredModel:
     """The pre-trained model in the training dtype, with fresh adapters if there are to be any.
 
-    With ZeRO-3 settings no rank ever holds all of it. On a GPU, packed rows attend one by one, and layers are compiled if the configuration
-    says so. Raises UserError when `model_path` is no checkpoint, or of an architecture that does more to its logits than to multiply by the
-    output layer.
+    With ZeRO-3 settings no rank ever holds all of it. Dropout is off: what draws and what learns are one policy. On a GPU, packed rows
+    attend one by one, and layers are compiled if the configuration says so. Raises UserError when `model_path` is no checkpoint, or of an
+    architecture that cannot be trained (`check_trainable`).
     """
     if not (Path(model_path) / "config.json").exists():
         raise UserError(
@@ -132,17 +132,21 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
 
 
 def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = getattr(torch, config.dtype)
+    dtype, model_config = getattr(torch, config.dtype), AutoConfig.from_pretrained(model_path)
+    text_config = model_config.get_text_config()
+    for name, value in text_config.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "layerdrop")) and value:
+            setattr(text_config, name, 0.0)
     if zero3_settings is None:
-        return _known(AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype))
+        return _known(AutoModelForCausalLM.from_pretrained(model_path, config=model_config, dtype=dtype))
     from accelerate import init_empty_weights
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards while it loads for as long as this object lives
     sharding = HfDeepSpeedConfig(zero3_settings)
-    model = _known(AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype))
+    model = _known(AutoModelForCausalLM.from_pretrained(model_path, config=model_config, dtype=dtype))
     del sharding
     # DeepSpeed creates every tensor of a sharded model in the training dtype: rotary frequencies in bfloat16 are off by up to
     # 0.4 %, which moves distant tokens. The computed buffers come from a model that has nothing else.

@@ -87,7 +87,8 @@ class TrainingEngine:
         self.device = _join_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._reference: torch.nn.Module | None = None
-        self._engine = _build(model_path, config, total_steps, self.device)
+        with room_in_memory():
+            self._engine = _build(model_path, config, total_steps, self.device)
         self._clipped_norm = 0.0
         if not config.zero_stage:  # then DeepSpeed keeps no norm; the optimiser sees the gradients of all ranks
             self._engine.basic_optimizer.register_step_pre_hook(self._note_norm)
@@ -106,7 +107,7 @@ class TrainingEngine:
         tokens = self._count_tokens(micro_batches)
         learning_rate = self._engine.get_lr()[0]
         sums: dict[str, Tensor] = {}
-        self._engine.train()
+        self._engine.train()  # as checkpointing of gradients wants it; dropout is off
         for micro_batch in micro_batches:
             with room_in_memory():
                 batch = micro_batch.to(self.device)
@@ -120,7 +121,8 @@ class TrainingEngine:
         metrics = dict(zip(sums, means.tolist(), strict=True))
         if not math.isfinite(metrics["loss"]):
             raise Diverged(f"the training loss became {metrics['loss']}; lower training.learning_rate or use float32.")
-        self._engine.step()
+        with room_in_memory():
+            self._engine.step()
         norm = float(self._engine.get_global_grad_norm()) if self.config.zero_stage else self._clipped_norm
         if not math.isfinite(norm):
             raise Diverged(f"the gradient's norm became {norm}; lower training.learning_rate or use float32.")
@@ -278,7 +280,7 @@ def room_in_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"a GPU has no memory left for a micro-batch ({str(error).partition('.')[0]}). Lower training.micro_batch_tokens or "
+            f"a GPU has no memory left ({str(error).partition('.')[0]}). Lower training.micro_batch_tokens or "
             "training.logit_tokens, set training.gradient_checkpointing or training.offload, raise training.zero_stage, or train adapters "
             "(training.lora_rank). What is trained so far is kept, unless stage or adapters change."
         ) from error

@@ -181,9 +181,19 @@ class Fleet:
         return Line(stage, lambda: self)
 
     def load_weights(self, path: str, version: int) -> None:
-        """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`."""
+        """Every engine takes the weights of a safetensors file or checkpoint directory as policy version `version`.
+
+        Raises SpecmillError when one dies over it, or is not there for `start_seconds`.
+        """
         self.weights = Weights(path, version, uuid.uuid4().hex)
-        for ready in [actor.ready.remote(self.weights) for actor in self.actors]:
+        taking = [actor.ready.remote(self.weights) for actor in self.actors]
+        _, absent = ray.wait(taking, num_returns=len(taking), timeout=None if self.start_seconds == math.inf else self.start_seconds)
+        if absent:
+            raise SpecmillError(
+                f"{len(absent)} of {len(taking)} engines took no weights within {self.start_seconds:.0f} s (`start_seconds`): they do not "
+                "come back, or wait for a machine that is gone. The same command goes on from the last checkpoint; `engines` may be lower."
+            )
+        for ready in taking:
             answer(ready, "an engine died while it took weights")
 
     def home(self, prefixes: Iterable[str], number: int) -> str:

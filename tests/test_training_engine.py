@@ -6,6 +6,7 @@ Run as a program, this file is one rank of a process group, or a trainer beside 
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,6 +50,20 @@ def test_packed_logits_are_those_of_separate_rows(toy: Path) -> None:
         packed = logits_of(model.train(), ROWS)
         separate = torch.cat([model.eval()(torch.tensor([row.input_ids])).logits[0] for row in ROWS])
     assert (packed - separate).abs().max() < 1e-5
+
+
+def test_dropout_is_off(toy: Path, tmp_path: Path) -> None:
+    from cluster.causal_model import load as load_to_train
+
+    file = Path(shutil.copytree(toy, tmp_path / "model")) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.5}))
+    batch, models = pack(ROWS), {folder: load_to_train(str(folder), TrainingConfig()) for folder in (toy, file.parent)}
+    with torch.no_grad():
+        plain, dropping = (
+            model.train()(batch.input_ids, batch.position_ids, batch.learnt, batch.targets, 1.0).logp for model in models.values()
+        )
+    assert torch.equal(plain, dropping)
+    assert not torch.equal(logits_of(load(file.parent).train(), ROWS), logits_of(load(toy), ROWS)), "the model has dropout"
 
 
 def test_attention_by_rows_refuses_what_it_would_leave_out() -> None:

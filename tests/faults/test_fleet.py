@@ -153,6 +153,8 @@ def test_a_fleet_without_an_engine_is_waited_for_as_long_as_one_may_take_to_star
     lost = remote(Absent).remote()
     with pytest.raises(SpecmillError, match="no engine was there for 2 s"):
         list(Fleet([lost], 16, start_seconds=2).map(ECHO, [Texts(("text",))]))
+    with pytest.raises(SpecmillError, match=r"1 of 1 engines took no weights within 2 s \(`start_seconds`\)"):
+        Fleet([lost], 16, start_seconds=2).load_weights("weights", 1)
 
 
 @pytest.mark.soak
