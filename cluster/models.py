@@ -50,8 +50,8 @@ def cache_dir() -> Path:
 def check_trainable(path: str) -> None:
     """Raises UserError for an architecture that training would get wrong without a word.
 
-    Such as do more to their logits than to multiply by the output layer, and such as have layers that carry something from a token to the
-    next in another way than by attention, which would run from one packed row into the next.
+    Such as do more to their logits than to multiply by the output layer, and such as have layers to which a packed row is not what it is
+    alone: a state runs from one row into the next, or chunks are counted from the beginning of the pack.
     """
     from transformers import AutoConfig
 
@@ -63,7 +63,7 @@ def check_trainable(path: str) -> None:
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
     if mixed := sorted({*(getattr(config, "layer_types", None) or ())} - ROWS_APART):
-        raise UserError(f"model {path}: it has layers of the type {', '.join(mixed)}, which mix rows that are packed. Take another.")
+        raise UserError(f"model {path}: to layers of the type {', '.join(mixed)} a packed row is not what it is alone. Take another.")
 
 
 def weight_count(path: str) -> int:

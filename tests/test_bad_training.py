@@ -73,9 +73,9 @@ def test_a_model_of_an_architecture_whose_logits_are_scaled(tmp_path: Path, mode
         prepare(run_with(tmp_path, model))
 
 
-def test_a_model_with_layers_that_would_mix_packed_rows(tmp_path: Path, model: Path) -> None:
+def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, model: Path) -> None:
     edit(model, "config.json", lambda content: content.update(layer_types=["conv"] * content["num_hidden_layers"]))
-    with pytest.raises(UserError, match="layers of the type conv, which mix rows that are packed"):
+    with pytest.raises(UserError, match="layers of the type conv a packed row is not what it is alone"):
         prepare(run_with(tmp_path, model))
 
 

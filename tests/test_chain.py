@@ -240,9 +240,17 @@ def test_what_a_checkpoint_is_read_by_is_no_garbage(chain: dict[str, Any]) -> No
     assert all(list((chain["root"] / folder / "tensorboard").glob("events.*")) for folder in folders)
 
 
-def test_a_replay_reproduces_the_losses_without_an_engine(chain: dict[str, Any]) -> None:
+def test_a_replay_reproduces_the_losses_without_an_engine(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = (chain["root"] / "checkpoints").glob("rl-*")
+    train, jobs = rl.train_rl, list[rl.RlJob]()
+
+    def noted(job: rl.RlJob, place: str) -> None:
+        jobs.append(job)
+        train(job, place)
+
+    monkeypatch.setattr("flows.replay.train_rl", noted)
     steps = replay(str(path))
+    assert jobs[0].config.training.micro_batch_tokens == 2048, "a replay takes the memory that the training took"
     assert len(steps) == 2 and not any(step.differs for step in steps)
     assert any(step.recorded for step in steps), "losses that are all 0 say nothing"
     with pytest.raises(UserError, match="no rollouts"):
