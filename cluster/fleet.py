@@ -269,18 +269,21 @@ class _Feeder:
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
         """Hands out work until every engine has twice what it can work on: shards that wait for their last rows leave it full.
 
-        A suspect gets an engine for itself: first of all that one, back and empty, in which it was. `waiting`: requests of all lines.
+        Towards the end less, and in smaller pieces: what one engine has, no other can take. A suspect gets an engine for itself: first of
+        all that one, back and empty, in which it was. `waiting`: requests of all lines.
         """
         for slot in self.slots if self.suspects else ():
             if self.suspects and slot.open and not slot.running:
                 self._start(slot, self.suspects.popleft())
+        capacity, least = self.fleet.capacity, max(self.fleet.capacity // 4, 1)
         while line := next((line for line in lines if line.waiting), None):
-            able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < 2 * self.fleet.capacity)]
+            share = waiting // (2 * len(self.slots))
+            limit = capacity + max(least, min(capacity, share))
+            able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < limit)]
             if not able:
                 return
             slot = min(able, key=lambda slot: slot.load)
-            share = max(self.fleet.capacity // 4, waiting // (2 * len(self.slots)), 1)
-            work = line.take(self.fleet, slot.number, share)
+            work = line.take(self.fleet, slot.number, max(least, share // 2))
             waiting -= work.size
             self._start(slot, work)
 

@@ -166,7 +166,7 @@ def test_gc_that_is_killed_is_finished_by_the_next_one(lives: Lives, tmp_path: P
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.soak), 5])
 def test_a_deletion_that_is_killed_is_finished_by_the_next_one(lives: Lives, every: int, tmp_path: Path) -> None:
     """In every window, or every fifth one, of tombstones and of shards that are written anew. No shard holds the prompt then."""
-    place = lives.place(tmp_path / "place")
+    place = lives.place(tmp_path / "place", engine=FAKE | {"max_num_seqs": 64})  # so that a piece of verdicts has several prompts
     assert lives.run(place, "generate.shard_rows=5") == 0
     store, run = place.store, prepare(place.request(), trains=False)
     judged = [store.read_table(shard.path)["prompt_id"].unique().to_pylist() for shard in Ledger(store, "judgements").shards()]
