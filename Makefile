@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick soak soak-training scale bench lint lock clean
+.PHONY: help setup demo test quick soak soak-training scale bench bench-training learn lint lock clean
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -53,6 +53,13 @@ bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and
 	.venv/bin/python tests/benchmarks/report.py > build/bench.md
 	for script in raw_vllm ray_data_llm peers; do .venv/bin/python tests/benchmarks/$$script.py >> build/bench.md; done
 	cat build/bench.md
+
+bench-training: setup ## SFT beside a bare DeepSpeed loop and TRL: one table, half an hour on a quiet machine
+	.venv/bin/python tests/benchmarks/training.py
+
+learn: setup ## what SFT, DPO and RL teach the demo's model, with three seeds each: two tables, hours; goes on where it was stopped
+	@mkdir -p build
+	for script in learning rl_learning; do .venv/bin/python tests/benchmarks/$$script.py --root build/learning; done
 
 .venv-peers/.packages: tests/benchmarks/peers.lock | .venv/.packages
 	.venv/bin/uv venv -q --clear --python .venv/bin/python .venv-peers

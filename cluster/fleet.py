@@ -169,6 +169,8 @@ class Fleet:
         self.actors, self.capacity, self.start_seconds = actors, capacity, start_seconds
         self.weights: Weights | None = None
         self._homes: dict[str, int] = {}
+        self._had: dict[tuple[str, int], int] = {}
+        self._taken = 0
 
     def map(self, stage: Stage[ShardT, ResultT], shards: Iterable[ShardT]) -> Iterator[Done[ShardT, ResultT]]:
         """Runs `stage` on every shard and yields them as they finish. Raises SpecmillError when one fails."""
@@ -197,12 +199,17 @@ class Fleet:
             answer(ready, "an engine died while it took weights")
 
     def home(self, prefixes: Iterable[str], number: int) -> str:
-        """Which prefix engine `number` goes on with: one that it is home to, else one without a home, else the first."""
-        prefixes = list(prefixes)
-        at_home = (name for name in prefixes if self._homes.get(name) == number)
-        homeless = (name for name in prefixes if name not in self._homes)
-        name = next(at_home, None) or next(homeless, None) or prefixes[0]
+        """Which prefix engine `number` goes on with: one that it is home to, else one without a home, else any; of several the one that it
+        had last, so that what it works on at a time has one prefix, else the first."""
+
+        def distance(name: str) -> tuple[int, int]:
+            home = self._homes.get(name)
+            return (0 if home == number else 1 if home is None else 2), -self._had.get((name, number), 0)
+
+        name = min(prefixes, key=distance)
         self._homes.setdefault(name, number)
+        self._taken += 1
+        self._had[name, number] = self._taken
         return name
 
 

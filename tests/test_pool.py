@@ -26,6 +26,18 @@ def test_shards_of_one_prefix_go_to_one_engine_and_an_idle_engine_helps() -> Non
     assert line.take(fleet, 0, 8).shard == "b2"
 
 
+def test_an_engine_with_several_prefixes_takes_one_after_the_other() -> None:
+    fleet = Fleet([], capacity=8)
+    line = Line(TEXT, lambda: fleet)
+    line.add(["a1", "a2", "a3", "b1", "b2", "b3", "b4"])
+    assert [line.take(fleet, 0, 8).shard for _ in range(4)] == ["b1", "b2", "b3", "b4"]
+    line.add(["b5"])
+    assert [line.take(fleet, 0, 8).shard for _ in range(2)] == ["b5", "a1"]
+    line.add(["b6", "b7", "b8"])
+    assert [line.take(fleet, 0, 8).shard for _ in range(3)] == ["a2", "a3", "b6"], "though more of the other wait"
+    assert [line.take(fleet, 1, 8).shard for _ in range(2)] == ["b7", "b8"]
+
+
 def test_a_shard_is_cut_when_little_is_left_and_nothing_of_it_is_lost() -> None:
     fleet = Fleet([], capacity=8)
     line = Line(TEXT, lambda: fleet)

@@ -4,6 +4,7 @@ The model is the scripted one, so a run takes seconds; soak tests do the same to
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rl_jobs import RAY_ENVIRONMENT, STEPS, job_of, lines_of, policy_of, recover
 from scripted_model import teach
 from write_sites import ROLLOUT_SITES
 
+from cluster.errors import Diverged
 from cluster.models import resolve_model
 from cluster.pool import Pool
 from tasks import rl
@@ -190,3 +192,14 @@ def test_a_replay_of_one_step_off_needs_no_engine(one_step_off: rl.RlJob, tmp_pa
     rl.train_rl(again, str(tmp_path))
     losses = [line["loss"] for line in lines_of(Path(one_step_off.root))]
     assert [line["loss"] for line in lines_of(tmp_path)] == pytest.approx(losses, abs=1e-6)
+
+
+@on(TOY)
+def test_a_loss_that_is_no_number_stops_rl_keeps_what_was_learnt_and_names_the_prompts(one_step_off: rl.RlJob, tmp_path: Path) -> None:
+    training = one_step_off.config.training.model_copy(update={"learning_rate": 1e38, "warmup_ratio": 0.0})
+    config = one_step_off.config.model_copy(update={"training": training})
+    prompt = next(row["prompt_id"] for row in rows_of(Path(one_step_off.root)) if row["step"] == 1)
+    with pytest.raises(Diverged, match=rf"RL step 1, rollouts of .*{re.escape(prompt)}.*became nan; lower training.learning_rate"):
+        rl.train_rl(replace(one_step_off, output=str(tmp_path / "model"), source=None, config=config), str(tmp_path))
+    assert len(lines_of(tmp_path)) == 1 and not (tmp_path / "model").exists()
+    assert list(tmp_path.glob("train/checkpoint_*/state.json"))

@@ -6,7 +6,8 @@ Rows are made once, under `--root`; started again, the command goes on from what
 pipeline's own SFT and answers the evaluation split without guidance. Beside the shares of prompts with a closed thought (format) and with
 a thought that cites the category first (retrieval; of seven, so that chance is 1/7) stands a bag of words: logistic regression on the
 prompts of the same rows. What else became of the model is measured on capability rows that no training saw: loss of their answers, KL of
-the base model to this one, and the share of answers to them that talk of a policy.
+the base model to this one, and the share of answers to them, and of those to the benign prompts of the evaluation split, that talk of a
+policy.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def learning(root: str, seeds: int) -> None:
 
 def tell(run: Workspace, label: str, found: Evaluation, before: Evaluation, kept: dict[str, str]) -> None:
     """The rows of one checkpoint."""
-    gains = compare(*(run.store.read_table(evaluation.file).to_pylist() for evaluation in (before, found)))
+    first, answers = (run.store.read_table(evaluation.file).to_pylist() for evaluation in (before, found))
+    gains = compare(first, answers)
     for measure, name in RATES.items():
         rate, gain = found.metrics[measure], gains[measure]
         spread = f"95 % interval {rate['low']:.2f} to {rate['high']:.2f}"
@@ -79,6 +81,13 @@ def tell(run: Workspace, label: str, found: Evaluation, before: Evaluation, kept
         row(f"{label}: {name}", f"{rate['value']:.2f}", spread, f"lower end above {CHANCE:.2f}" if measure == "policy_retrieval" else "")
     for name, figure in kept.items():
         row(f"{label}: {name}", figure)
+    name, figure = talk("benign", [answer["answer"] for answer in answers if answer["cell"] == "benign"])
+    row(f"{label}: {name}", figure)
+
+
+def talk(kind: str, texts: Sequence[str]) -> tuple[str, str]:
+    """The share of answers that talk of a policy, and its name."""
+    return f"talk of a policy in {len(texts)} {kind} answers", f"{sum(bool(TALK.search(text)) for text in texts) / len(texts):.2f}"
 
 
 def bag_of_words(run: Workspace, dataset: Dataset) -> None:
@@ -130,11 +139,11 @@ def retention(run: Workspace, checkpoint: Checkpoint, base: Checkpoint, unseen: 
         for done in engines.map(DRAW, [DrawShard(base.model.path, asked, 1, config.max_tokens, config.temperature, 0)])
         for answer in done.result
     ]
-    talk = Proportion(sum(bool(TALK.search(answer.completion.text)) for answer in drawn), len(drawn))
+    name, share = talk("capability", [answer.completion.text for answer in drawn])
     return {
         "loss of unseen capability rows, nats a token": f"{losses / tokens:.3f}",
         "KL of base to it, nats a token": f"{divergences / tokens:.3f}",
-        f"talk of a policy in {len(drawn)} capability answers": f"{talk.value:.2f}",
+        name: share,
     }
 
 

@@ -164,7 +164,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = engine_parser(__doc__, prompts=24, batch=8)
+    parser = engine_parser(__doc__, prompts=48, batch=8)
     parser.add_argument("--rounds", type=int, default=6, help="turns of each contender, at least 2")
     parser.add_argument("--steady", type=int, default=100, help="prompts of the longer run of Specmill alone")
     compare(parser.parse_args())
