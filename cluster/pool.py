@@ -5,10 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayActorError
 
@@ -16,12 +14,11 @@ from cluster.engine import EngineConfig
 from cluster.errors import SpecmillError, UserError
 from cluster.fake_engine import fake_model
 from cluster.fleet import Done, EngineActor, Fleet, ResultT, ShardT, Stage, answer
+from cluster.memory import engines_gib, free_gib
 from cluster.models import Model, resolve_model
 from cluster.openai_engine import endpoint_key, endpoint_model
 from cluster.vllm_engine import environment
 
-ENGINE_OVERHEAD_GIB = 1.5
-"""Memory of a CPU engine beside weights and KV cache: two Python processes with torch (measured: 1.3 GiB)."""
 RELEASE_SECONDS = 30
 """How long Ray may take to notice that engines which have ended left room for others."""
 
@@ -81,14 +78,14 @@ class Pool:
         if shards:
             yield from self.fleet().map(stage, shards)
 
+    @property
+    def memory_gib(self) -> float:
+        """What these engines take of this machine's memory; see `cluster.memory`."""
+        return engines_gib(self.config, self.model)
+
     def check_memory(self) -> None:
-        """Raises UserError when CPU engines do not fit in this machine's free memory; of a cluster's nodes it knows nothing."""
-        if self.config.backend != "vllm" or self.config.gpus or "RAY_ADDRESS" in os.environ:
-            return
-        weights = sum(file.stat().st_size for file in Path(self.model.path).glob("*.safetensors")) / 2**30
-        scale = 2 if self.config.dtype == "float32" else 1
-        need = self.config.engines * (scale * weights + self.config.kv_cache_gib + ENGINE_OVERHEAD_GIB)
-        free = psutil.virtual_memory().available / 2**30
+        """Raises UserError when CPU engines do not fit in this machine's free memory."""
+        need, free = self.memory_gib, free_gib()
         if need > free:
             raise UserError(
                 f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "

@@ -15,19 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
-
 from cluster.errors import Diverged, SpecmillError, UserError
-from cluster.models import weight_count
-from cluster.training_config import TrainingConfig, WorkersConfig
+from cluster.training_config import WorkersConfig
 
 if TYPE_CHECKING:
     from cluster.deepspeed_engine import TrainingEngine
 
 T = TypeVar("T")
-
-RANK_BYTES = 2**30
-"""Memory of a rank beside its model: a Python process with torch, Ray and DeepSpeed."""
 
 ABORT_SECONDS = 30.0
 """How long an interrupted run waits for its workers to stop in order."""
@@ -41,7 +35,7 @@ UNFINISHED = ".checkpoint-"
 BESIDE = "beside"
 """Directory of a checkpoint on a remote storage: what the run's working directory has beside it."""
 
-S3_OPTIONS: dict[str, Any] = {
+CHECKPOINT_S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,  # workers write what the controller looks for
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}, "connect_timeout": 10, "read_timeout": 60},
 }
@@ -118,29 +112,6 @@ def run_workers(
     except BaseException:
         trainer.stop_workers()
         raise
-
-
-def check_memory(model_path: str, workers: WorkersConfig, training: TrainingConfig, reference: bool = False) -> None:
-    """Raises UserError when ranks on CPUs do not fit in this machine's free memory; of a cluster's nodes it knows nothing.
-
-    Weights, gradients and AdamW's state take 16 bytes a weight, in bfloat16 18, since gradients are summed in float32 (see Rajbhandari et
-    al., arXiv 1910.02054, section 3.1); with adapters, all but the weights is next to nothing. `reference`: whether every rank holds a
-    second, frozen copy.
-    """
-    if workers.gpus_per_rank or "RAY_ADDRESS" in os.environ:
-        return
-    size, count = 4 if training.dtype == "float32" else 2, weight_count(model_path)
-    parts = {1: 16 - 2 * size, 2: 4, 3: size}  # optimiser, gradients, weights, by the ZeRO stage that shares them out
-    held = {stage: part for stage, part in parts.items() if stage == 3 or not training.lora_rank}
-    each = sum(part * (1 if training.zero_stage >= stage else workers.ranks) for stage, part in held.items())
-    each += size + size * workers.ranks * (reference and not training.lora_rank)  # what is exported, and the reference
-    need = (each * count + workers.ranks * RANK_BYTES) / 2**30
-    free = psutil.virtual_memory().available / 2**30
-    if need > free:
-        raise UserError(
-            f"training {model_path} on {workers.ranks} ranks needs about {need:.1f} GiB, {free:.1f} GiB are free. Train adapters "
-            "(training.lora_rank), lower `ranks`, or take a smaller model."
-        )
 
 
 def report(metrics: dict[str, Any], engine: "TrainingEngine", state: dict[str, Any], work: Path, beside: Sequence[str] = ()) -> float:
@@ -240,7 +211,7 @@ def _storage(storage: str) -> tuple[str, Any]:
             """Nothing to do."""
 
     s3 = storage.startswith(("s3://", "s3a://"))
-    filesystem, path = fsspec.core.url_to_fs(storage, **(S3_OPTIONS if s3 else {}))
+    filesystem, path = fsspec.core.url_to_fs(storage, **(CHECKPOINT_S3_OPTIONS if s3 else {}))
     return path, PyFileSystem((Buckets if s3 else FSSpecHandler)(filesystem))
 
 

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 
 from cluster.engine import EngineConfig
 from cluster.serving import Usage
+from flows.checks import host_outside
 from flows.terminal import aligned
-from flows.workspace import Workspace, host_outside, survey
+from flows.workspace import Workspace, survey
 from tasks import complete, judge
 from tasks.complete import Request
 from tasks.keyset import KeySet, column_keys

@@ -79,6 +79,7 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint, split: Split = "eval")
     id = evaluate.evaluation_id(checkpoint.weights, prompts, run.specs, run.judge_hash("blind"), config.evaluate)
 
     def make() -> Evaluation:
+        run.make_room(run.policy_engine, run.judge)
         run.start(run.policy_engine)
         run.start(run.judge)
         subject = run.policy_engine.fleet()

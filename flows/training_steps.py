@@ -63,10 +63,9 @@ def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
         "judge": run.judge_hash("blind"),
         "config": config.rl.recipe(),
     }
-    judges = [pool for pool in (run.judge if config.rl.asks_judge else None, run.held_out) if pool]
 
     def train(id: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        for pool in (run.policy_engine, *judges):
+        for pool in run.beside("rl").values():
             run.start(pool)
         source = Source(
             job=id,
@@ -94,7 +93,7 @@ def rl_step(run: Workspace, dataset: Dataset, start: Checkpoint) -> Checkpoint:
             metrics = rl.train_rl(job, ckpt.storage(store, id), progress, mirror)
         return metrics, {"sync_tolerance": job.sync_tolerance}
 
-    found = _trained(run, "rl", recipe, config.rl, start, train, keeps=(run.policy_engine, *judges))
+    found = _trained(run, "rl", recipe, config.rl, start, train)
     run.note(run.label("rl"), steps=config.rl.steps, reused=int(found.reused), trained=int(not found.reused))
     return found
 
@@ -142,7 +141,7 @@ def _offline(
             metrics = train_offline(objective, source, start.model.path, output, config, progress, development, mirror, storage)
         return metrics, {"dataset": f"{dataset.name}@{dataset.version}"}
 
-    found = _trained(run, kind, recipe, config, start, train, keeps=(run.policy_engine,) if prompts else ())
+    found = _trained(run, kind, recipe, config, start, train)
     run.note(run.label(kind), rows=table.num_rows, **counts, reused=int(found.reused), trained=int(not found.reused))
     return found
 
@@ -154,19 +153,17 @@ def _trained(
     config: StageConfig,
     start: Checkpoint,
     train: Callable[[str, Path], tuple[dict[str, Any], dict[str, Any]]],
-    keeps: tuple[Any, ...] = (),
 ) -> Checkpoint:
     """The checkpoint of a recipe, found or trained. `train` gets its id and folder and returns its last metrics and more of its origin.
 
-    The state of its training stays until the checkpoint is finished, so that it can go on. `keeps`: pools that training needs.
+    The state of its training stays until the checkpoint is finished, so that it can go on.
     """
     id = f"{kind}-{digest(recipe)[:12]}"
 
     def make() -> Checkpoint:
         path = ckpt.directory(run.store, id)
         path.mkdir(parents=True, exist_ok=True)
-        if config.gpus_per_rank:
-            run.free_gpus(*keeps)
+        run.make_room(*run.beside(kind).values(), gib=run.ranks_gib(kind), gpus=config.gpus_per_rank > 0)
         say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
         metrics, origin = train(id, path)
         if start.path is None:

@@ -1,22 +1,21 @@
 """What the flows of one run share: the checked inputs, the store and the engines. The outermost flow opens it, inner flows find it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from cluster.chat import chat_of
 from cluster.engine import EngineConfig
 from cluster.errors import UserError
-from cluster.models import Model, check_trainable
+from cluster.memory import free_gib, ranks_gib
+from cluster.models import Model
 from cluster.pool import Pool
-from cluster.session import cluster_gpus, ray_session
-from cluster.training import check_memory
+from cluster.session import ray_session
+from flows.checks import check_data, check_gpus, check_memory, check_training
 from flows.config import RunConfig, RunRequest, load_run
 from tasks.checkpoints import Checkpoint
 from tasks.complete import Request, requests
-from tasks.compose import plain_turns
 from tasks.dataset import Dataset, Selection
 from tasks.gates import Gates
 from tasks.judge import JudgementShard, judge_hash
@@ -25,11 +24,10 @@ from tasks.ledger import Ledger
 from tasks.policy import Policy, Spec, load_policy
 from tasks.progress import say
 from tasks.prompt_set import PromptSet, load_prompts
-from tasks.prompts import Prompt, Split, may_be_helped
+from tasks.prompts import Prompt, Split
 from tasks.stage_config import StageConfig
 from tasks.store import Shard, Store
 from tasks.tombstones import deleted_prompts
-from tasks.trackers import check_trackers
 from tasks.wanted import Wanted
 from tasks.work import Pairs, Tally, Wall
 
@@ -147,10 +145,27 @@ class Workspace:
             say(f"  starting {pool.config.engines} x {pool.model.id}")
             pool.fleet()
 
-    def free_gpus(self, *needed: Pool) -> None:
-        """Ends the engines that hold GPUs, but for those of the pools that are needed; training would wait for these GPUs for ever."""
+    def beside(self, stage: str) -> dict[str, Pool]:
+        """The pools whose engines work while a stage of training does, by their place in the run file."""
+        config = self.config
+        if stage != "rl":
+            return {"evaluate.engine": self.policy_engine} if getattr(config, stage).development else {}
+        found = {"evaluate.engine": self.policy_engine, "judge.engine": self.judge if config.rl.asks_judge else None}
+        return {place: pool for place, pool in (found | {"rl.held_out": self.held_out}).items() if pool}
+
+    def ranks_gib(self, stage: str) -> float:
+        """What the ranks of a stage of training take of this machine's memory."""
+        config: StageConfig = getattr(self.config, stage)
+        reference = stage == "rl" and self.config.rl.kl > 0
+        return ranks_gib(self.base_model.path, config, config.training, reference)
+
+    def make_room(self, *needed: Pool, gib: float = 0.0, gpus: bool = False) -> None:
+        """Ends engines that are not needed: with `gpus` those that hold one, for which ranks would wait for ever; and those on this machine
+        where its memory has no room for the needed ones that are not there yet and `gib` more."""
+        more = gib + sum(pool.memory_gib for pool in needed if not pool.started)
+        short = more > free_gib()
         for pool in self.pools:
-            if pool.config.gpus and pool not in needed:
+            if pool not in needed and ((gpus and pool.config.gpus) or (short and pool.memory_gib)):
                 pool.close()
 
     @property
@@ -210,9 +225,10 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     with said_of(request.file):
         prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
         workspace = _with_pools(config, policy, prompts, store, trains)
-        _check(workspace)
+        check_data(workspace)
         if trains:
-            _check_training(workspace)
+            check_training(workspace)
+        check_memory(workspace, trains)
     return workspace
 
 
@@ -226,7 +242,7 @@ def said_of(place: str) -> Iterator[None]:
 
 
 def _with_pools(config: RunConfig, policy: Policy, prompts: PromptSet, store: Store, trains: bool) -> Workspace:
-    """The workspace and its pools of engines, whose models are there and fit in memory. Raises UserError."""
+    """The workspace and its pools of engines, whose models are there. Raises UserError."""
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
     policy_engine = Pool(config.evaluate.engine, receives_weights=True)
@@ -238,12 +254,8 @@ def _with_pools(config: RunConfig, policy: Policy, prompts: PromptSet, store: St
         if pool and (trains or pool is not policy_engine):
             with said_of(place):
                 pool.model  # noqa: B018  (raises when there is no such model)
-                pool.check_memory()
     if config.generate.engine.backend == "vllm" and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    if config.rounds > 1 and config.judge.overlap and trains and judge is generator:
-        engine = config.generate.engine  # from the second round on a pool of their own judges
-        Pool(engine.model_copy(update={"engines": 2 * engine.engines})).check_memory()
     return Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
 
 
@@ -252,114 +264,6 @@ def survey(run: Workspace, completions: Ledger, judgements: Ledger) -> tuple[Wan
     wanted = Wanted.of(run.prompts, "sft", run.requests, run.config.generate.n, run.config.judge.k)
     lost = wanted.mark_completions(run.store, completions.shards(), run.gates, run.specs)
     return wanted, (lost, wanted.mark_judgements(run.store, judgements.shards(), run.judge_hash("full")))
-
-
-def _check(run: Workspace) -> None:
-    """What would otherwise be found out hours later. Raises UserError."""
-    config = run.config
-    run.requests  # noqa: B018  (raises when a grammar or a policy does not fit)
-    by_category: dict[str, Iterable[str]] = {
-        "select.category_threshold": config.select.category_threshold,
-        "sent_to": config.sent_to,
-        "rl.reward.sections": config.rl.reward.sections,
-    }
-    for name, categories in by_category.items():
-        for category in categories:
-            if category not in run.policy.categories:
-                raise UserError(f"{name}: {category!r} is no category of the policy ({', '.join(run.policy.categories)}).")
-    engines = {"generate.engine": config.generate.engine, "judge.engine": config.judge.engine}
-    for stage, engine in (engines | ({"rl.held_out": run.held_out.config} if run.held_out else {})).items():
-        _check_host(run, stage, engine)
-    if not run.prompts.size("sft"):
-        raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'sft'. Add scenario groups.")
-
-
-def _check_host(run: Workspace, stage: str, engine: EngineConfig) -> None:
-    """Raises UserError when a category that has prompts may not be sent to the endpoint of a stage."""
-    host = host_outside(engine)
-    closed = [name for name in sorted({part.category for part in run.prompts.parts}) if host not in run.allowed_hosts(name)]
-    if host and closed:
-        raise UserError(
-            f"{stage}.endpoint: the run file does not allow sending {', '.join(closed)} to {host}. Add the host to `sent_to` "
-            "of each category that may leave this machine, or take the prompts of the others out."
-        )
-
-
-def host_outside(engine: EngineConfig) -> str | None:
-    """The host that an engine sends its requests to, None when they stay on this machine or cluster."""
-    return engine.remote.host if engine.remote and not engine.remote.loopback else None
-
-
-def _check_training(run: Workspace) -> None:
-    """The same for training and evaluation: prompts of the other splits, and room for them and for the ranks."""
-    config = run.config
-    few = (
-        "Add scenario groups, or name the `split` of some: by their names, of eight groups four go to SFT, one to RL, one to development, "
-        "two to evaluation."
-    )
-    trains_rl = "rl" in config.train
-    if trains_rl and run.prompts.size("rl") < config.rl.prompts_per_step:
-        wanted = config.rl.prompts_per_step
-        raise UserError(f"rl.prompts_per_step: {wanted} prompts are wanted, the RL split has {run.prompts.size('rl')}. Lower it. {few}")
-    cells = {prompt.cell for prompt in run.split("rl")} if trains_rl else set()
-    if missing := sorted(set(config.rl.mix) - cells):
-        raise UserError(f"rl.mix: the RL split has no prompts of the cell {', '.join(missing)}; it has {', '.join(sorted(cells))}.")
-    if {cell for cell in cells if cell in config.rl.mix or not config.rl.mix} == {"violation"}:
-        say("  rl         draws harmful prompts only: models learn to refuse without a thought. Add prompts of other cells, or see rl.mix.")
-    if not run.prompts.size("eval"):
-        raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'eval'. Add scenario groups.")
-    check_trackers(config.trackers)
-    check_trainable(run.base_model.path)
-    for name in config.train:
-        stage: StageConfig = getattr(config, name)
-        check_memory(run.base_model.path, stage, stage.training, reference=name == "rl" and config.rl.kl > 0)
-    chat, context = chat_of(run.base_model.path), config.evaluate.engine.max_model_len
-    limits: dict[Split, int] = {"eval": config.evaluate.max_tokens}
-    if trains_rl:
-        limits["rl"] = config.rl.max_tokens
-    stages = {"sft": config.sft, "rejection": config.rejection, "dpo": config.dpo}
-    looks = [stage.development for name, stage in stages.items() if name in config.train and stage.development]
-    if looks:
-        limits["dev"] = max(look.max_tokens for look in looks)
-        if not run.prompts.size("dev"):
-            raise UserError(f"development: not one scenario group falls to the split 'dev'. {few}")
-        gated = any(look.over_refusal < 1 for look in looks)
-        if gated and not any(may_be_helped(prompt.ideal_verdict, prompt.cell) for prompt in run.split("dev")):
-            raise UserError(
-                "development: the split 'dev' has no benign or borderline prompt that may be helped with, so over-refusal could not be "
-                f"seen. Set development.over_refusal to 1 if it may be. {few}"
-            )
-    for split, limit in limits.items():
-        for prompt in run.split(split):
-            length = len(chat.prompt(plain_turns(prompt.messages)))
-            if length + limit > context:
-                raise UserError(
-                    f"evaluate.engine.max_model_len: prompt {prompt.id!r} of the {split} split has {length} tokens, which with {limit} to "
-                    f"draw exceed {context}. Raise it, or take the prompt out."
-                )
-
-
-def check_gpus(run: Workspace) -> None:
-    """Raises UserError when a stage of training and the engines that work beside it need more GPUs than the Ray cluster has.
-
-    Found out by Ray Train, that would be told hours later and in its words.
-    """
-    total = cluster_gpus()
-    for name in run.config.train:
-        stage: StageConfig = getattr(run.config, name)
-        if name == "rl":
-            beside = {"evaluate.engine": run.policy_engine, "rl.held_out": run.held_out}
-            beside |= {"judge.engine": run.judge if run.config.rl.asks_judge else None}
-        else:
-            beside = {"evaluate.engine": run.policy_engine if getattr(stage, "development", None) else None}
-        parts = {f"{name}.ranks": float(stage.ranks * stage.gpus_per_rank)}
-        parts |= {place: pool.config.engines * pool.config.tensor_parallel * pool.config.gpus for place, pool in beside.items() if pool}
-        if stage.gpus_per_rank and sum(parts.values()) > total:
-            needed = ", ".join(f"{gpus:g} for {place}" for place, gpus in parts.items() if gpus)
-            raise UserError(
-                f"{name}: needs {sum(parts.values()):g} GPUs at the same time ({needed}), the Ray cluster has {total:g}. Lower ranks or "
-                "engines, or let engines share a GPU: `gpus` below 1 and a smaller `gpu_memory_utilization`."
-            )
 
 
 def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:

@@ -80,8 +80,16 @@ def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, mo
 
 
 def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(UserError, match=r"on 4000 ranks needs about .* GiB are free.*lora_rank.*lower `ranks`"):
+    with pytest.raises(UserError, match=r"sft: needs about .* for sft.ranks\), .* GiB are free.*`ranks`.*lora_rank"):
         prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000}))
+
+
+def test_too_little_memory_for_the_ranks_and_the_engines_beside_them(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.checks.free_gib", lambda: 4.5)
+    assert prepare(run_with(tmp_path, model, train=["sft"]))
+    parts = r"\(2\.\d+ for evaluate.engine, 1\.\d+ for judge.engine, 1\.\d+ for rl.ranks\)"
+    with pytest.raises(UserError, match=rf"rl: needs about \d\.\d GiB at the same time {parts}, 4.5 GiB are free"):
+        prepare(run_with(tmp_path, model, train=["sft", "rl"]))
 
 
 def test_a_development_split_in_which_no_refusal_would_be_one_too_many(tmp_path: Path, model: Path) -> None:

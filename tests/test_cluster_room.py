@@ -16,8 +16,9 @@ from cluster.engine import Engine, EngineConfig, FakeConfig, Sampling
 from cluster.errors import UserError
 from cluster.fleet import Stage
 from cluster.pool import Pool
+from flows.checks import check_gpus
 from flows.config import RunConfig
-from flows.workspace import Workspace, check_gpus
+from flows.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 TOKENS = 24
@@ -110,14 +111,36 @@ def test_engines_give_their_gpus_back_when_training_needs_them(machines: Any) ->
     for pool in pools:
         pool.fleet()
     run = Workspace(None, None, None, None, *pools)  # type: ignore[arg-type]
-    run.free_gpus(run.judge)
+    run.make_room(run.judge, gpus=True)
     assert [pool.started for pool in pools] == [False, True, True]
-    run.free_gpus()
+    run.make_room(gpus=True)
     assert [pool.started for pool in pools] == [False, False, True]
     pools[2].close()
     assert free_cores(ray, 4) == 4 and ray.available_resources()["GPU"] == 2
     machines.remove_node(added)
     assert free_cores(ray, 1) == 1
+
+
+def test_engines_end_where_ranks_have_no_room_beside_them_but_for_those_that_training_needs(
+    machines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = machines.add_node(num_cpus=3)
+    pools = [Pool(EngineConfig(backend="fake", fake=FakeConfig(seed=number))) for number in range(3)]
+    run = Workspace(None, None, None, None, *pools)  # type: ignore[arg-type]
+    monkeypatch.setattr(Pool, "memory_gib", 2.0)
+    monkeypatch.setattr("cluster.pool.free_gib", lambda: 6.0)
+    monkeypatch.setattr("flows.workspace.free_gib", lambda: 3.0)
+    run.generator.fleet()
+    run.make_room(run.judge, gib=1.0)
+    assert run.generator.started, "there is room for both"
+    run.make_room(run.judge, gib=1.5)
+    assert not run.generator.started
+    run.judge.fleet()
+    run.policy_engine.fleet()
+    run.make_room(run.judge, gib=3.5)
+    assert [pool.started for pool in pools] == [False, True, False], "what is there takes no more"
+    run.judge.close()
+    machines.remove_node(added)
 
 
 def test_too_few_gpus_for_ranks_and_the_engines_beside_them_are_told_before_anything_is_made(machines: Any) -> None:

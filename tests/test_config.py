@@ -138,7 +138,7 @@ def _unwritable(folder: Path) -> str:
         (lambda folder: {"prompts": _prompts(folder, "")}, ["prompts.jsonl", "not one usable prompt"]),
         (lambda folder: {"policy": _policy(folder)}, ["self-harm.yaml", "SH99", "excludes"]),
         (lambda folder: {"root": _unwritable(folder)}, ["file/root", "cannot be written", "Choose another root"]),
-        (lambda folder: {"generate": {"engine": {"kv_cache_gib": 9000}}}, ["GiB are free", "Lower `engines` or `kv_cache_gib`"]),
+        (lambda folder: {"generate": {"engine": {"kv_cache_gib": 9000}}}, ["for generate.engine", "GiB are free", "`kv_cache_gib`"]),
         (lambda folder: {"generate": {"max_tokens": 64}}, ["generate.max_tokens", "longest output"]),
         (lambda folder: {"generate": {"engine": {"max_model_len": 6000}}}, ["generate.engine.max_model_len", "no room for the policy"]),
         (lambda folder: {"rl": {"prompts_per_step": 999}}, ["rl.prompts_per_step", "the RL split has 28"]),

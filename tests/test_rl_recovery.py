@@ -198,8 +198,10 @@ def test_a_replay_of_one_step_off_needs_no_engine(one_step_off: rl.RlJob, tmp_pa
 def test_a_loss_that_is_no_number_stops_rl_keeps_what_was_learnt_and_names_the_prompts(one_step_off: rl.RlJob, tmp_path: Path) -> None:
     training = one_step_off.config.training.model_copy(update={"learning_rate": 1e38, "warmup_ratio": 0.0})
     config = one_step_off.config.model_copy(update={"training": training})
-    prompt = next(row["prompt_id"] for row in rows_of(Path(one_step_off.root)) if row["step"] == 1)
-    with pytest.raises(Diverged, match=rf"RL step 1, rollouts of .*{re.escape(prompt)}.*became nan; lower training.learning_rate"):
+    with pytest.raises(Diverged, match="became nan; lower training") as told:
         rl.train_rl(replace(one_step_off, output=str(tmp_path / "model"), source=None, config=config), str(tmp_path))
+    drawn = {row["prompt_id"] for row in rows_of(Path(one_step_off.root)) if row["step"] == 1}
+    (named,) = re.findall(r"RL step 1, rollouts of (.+): the training loss", str(told.value))
+    assert set(named.split(", ")) <= drawn
     assert len(lines_of(tmp_path)) == 1 and not (tmp_path / "model").exists()
     assert list(tmp_path.glob("train/checkpoint_*/state.json"))

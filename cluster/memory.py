@@ -1,0 +1,47 @@
+"""How much of this machine's memory CPU engines and ranks take, and how much is free. Of a cluster's nodes nothing is known here.
+
+Estimates in GiB; 0 for what works on GPUs, on a server elsewhere, or on a cluster that `RAY_ADDRESS` names.
+"""
+
+import os
+from pathlib import Path
+
+import psutil
+
+from cluster.engine import EngineConfig
+from cluster.models import Model, weight_count
+from cluster.training_config import TrainingConfig, WorkersConfig
+
+ENGINE_GIB = 1.5
+"""Memory of a CPU engine beside weights and KV cache: two Python processes with torch (measured: 1.3 GiB)."""
+RANK_GIB = 1.0
+"""Memory of a rank beside its model: a Python process with torch, Ray and DeepSpeed."""
+
+
+def free_gib() -> float:
+    """Memory that is free, or would be if it were asked for."""
+    return psutil.virtual_memory().available / 2**30
+
+
+def engines_gib(config: EngineConfig, model: Model) -> float:
+    """Memory of the engines of a pool."""
+    if config.backend != "vllm" or config.gpus or "RAY_ADDRESS" in os.environ:
+        return 0.0
+    weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) / 2**30
+    return config.engines * ((2 if config.dtype == "float32" else 1) * weights + config.kv_cache_gib + ENGINE_GIB)
+
+
+def ranks_gib(model_path: str, workers: WorkersConfig, training: TrainingConfig, reference: bool = False) -> float:
+    """Memory of the ranks of a stage of training. `reference`: whether every rank holds a second, frozen copy.
+
+    Weights, gradients and AdamW's state take 16 bytes a weight, in bfloat16 18, since gradients are summed in float32 (see Rajbhandari et
+    al., arXiv 1910.02054, section 3.1); with adapters, all but the weights is next to nothing.
+    """
+    if workers.gpus_per_rank or "RAY_ADDRESS" in os.environ:
+        return 0.0
+    size = 4 if training.dtype == "float32" else 2
+    parts = {1: 16 - 2 * size, 2: 4, 3: size}  # optimiser, gradients, weights, by the ZeRO stage that shares them out
+    held = {stage: part for stage, part in parts.items() if stage == 3 or not training.lora_rank}
+    each = sum(part * (1 if training.zero_stage >= stage else workers.ranks) for stage, part in held.items())
+    each += size + size * workers.ranks * (reference and not training.lora_rank)  # what is exported, and the reference
+    return each * weight_count(model_path) / 2**30 + workers.ranks * RANK_GIB
