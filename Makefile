@@ -57,7 +57,7 @@ bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and
 bench-training: setup ## SFT beside a bare DeepSpeed loop and TRL: one table, half an hour on a quiet machine
 	.venv/bin/python tests/benchmarks/training.py
 
-learn: setup ## what SFT, DPO and RL teach the demo's model, with three seeds each: two tables, hours; goes on where it was stopped
+learn: setup ## what SFT, DPO and RL teach the demo's model, SFT and RL with three seeds: two tables, hours; goes on where it was stopped
 	@mkdir -p build
 	for script in learning rl_learning; do .venv/bin/python tests/benchmarks/$$script.py --root build/learning; done
 

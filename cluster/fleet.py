@@ -276,21 +276,21 @@ class _Feeder:
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
         """Hands out work until every engine has twice what it can work on: shards that wait for their last rows leave it full.
 
-        Towards the end less, and in smaller pieces: what one engine has, no other can take. A suspect gets an engine for itself: first of
-        all that one, back and empty, in which it was. `waiting`: requests of all lines.
+        Towards the end several engines get less, and smaller pieces of what can be cut: what one has, no other can take. A suspect gets an
+        engine for itself: first of all that one, back and empty, in which it was. `waiting`: requests of all lines.
         """
         for slot in self.slots if self.suspects else ():
             if self.suspects and slot.open and not slot.running:
                 self._start(slot, self.suspects.popleft())
         capacity, least = self.fleet.capacity, max(self.fleet.capacity // 4, 1)
         while line := next((line for line in lines if line.waiting), None):
-            share = waiting // (2 * len(self.slots))
-            limit = capacity + max(least, min(capacity, share))
+            share, shared = waiting // (2 * len(self.slots)), len(self.slots) > 1 and line.stage.split
+            limit = capacity + max(least, min(capacity, share)) if shared else 2 * capacity
             able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < limit)]
             if not able:
                 return
             slot = min(able, key=lambda slot: slot.load)
-            work = line.take(self.fleet, slot.number, max(least, share // 2))
+            work = line.take(self.fleet, slot.number, max(least, share // 2 if shared else share))
             waiting -= work.size
             self._start(slot, work)
 

@@ -1,6 +1,6 @@
 """How much of this machine's memory CPU engines and ranks take, and how much is free. Of a cluster's nodes nothing is known here.
 
-Estimates in GiB; 0 for what works on GPUs, on a server elsewhere, or on a cluster that `RAY_ADDRESS` names.
+Estimates in GiB; 0 for what works on GPUs, on a server elsewhere, on a cluster that `RAY_ADDRESS` names, or without a model.
 """
 
 import os

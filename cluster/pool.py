@@ -19,6 +19,8 @@ from cluster.models import Model, resolve_model
 from cluster.openai_engine import endpoint_key, endpoint_model
 from cluster.vllm_engine import environment
 
+END_SECONDS = 5
+"""How long the memory of engines that are ended may take to be free."""
 RELEASE_SECONDS = 30
 """How long Ray may take to notice that engines which have ended left room for others."""
 
@@ -84,13 +86,15 @@ class Pool:
         return engines_gib(self.config, self.model)
 
     def check_memory(self) -> None:
-        """Raises UserError when CPU engines do not fit in this machine's free memory."""
-        need, free = self.memory_gib, free_gib()
-        if need > free:
-            raise UserError(
-                f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "
-                "Lower `engines` or `kv_cache_gib`, or take a smaller model."
-            )
+        """Raises UserError when CPU engines do not fit in this machine's free memory; others that are ending get some seconds to free it."""
+        need, deadline = self.memory_gib, time.monotonic() + END_SECONDS
+        while need > (free := free_gib()):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "
+                    "Lower `engines` or `kv_cache_gib`, or take a smaller model."
+                )
+            time.sleep(0.2)
 
     def check_key(self) -> None:
         """Raises UserError when the key of an endpoint is not in this process's environment; of a cluster's nodes it knows nothing."""

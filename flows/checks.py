@@ -133,12 +133,16 @@ def check_memory(run: "Workspace", trains: bool) -> None:
         if moment in config.train:
             parts[f"{moment}.ranks"] = run.ranks_gib(moment)
         if sum(parts.values()) > free:
+            ways = ["lower `engines` or `kv_cache_gib`", "take a smaller model"]
+            if moment in config.train:
+                ways.append("lower `ranks` or train adapters (`training.lora_rank`)")
+            if moment == "generate and judge":
+                ways.append("let generator and judge take turns (`judge.overlap: false`)")
             raise UserError(
-                f"{moment}: needs about {sum(parts.values()):.1f} GiB at the same time ({_told(parts)}), {free:.1f} GiB are free. Lower "
-                "`engines`, `kv_cache_gib` or `ranks`, take a smaller model, train adapters (training.lora_rank), or let generator and "
-                "judge take turns (`judge.overlap: false`)."
+                f"{moment}: needs about {sum(parts.values()):.1f} GiB at the same time ({_told(parts)}), {free:.1f} GiB are free. To make "
+                f"it fit, {', or '.join(ways)}."
             )
 
 
 def _told(parts: dict[str, float]) -> str:
-    return ", ".join(f"{need:.3g} for {place}" for place, need in parts.items() if need)
+    return ", ".join(f"{round(need, 2):g} for {place}" for place, need in parts.items() if need)

@@ -104,8 +104,8 @@ def sweep(
     """
     from flows.config import RunRequest, variants
 
-    request = RunRequest(file=file, root=root, changes=set_ or [])
-    checked = [request.model_copy(update={"changes": [*request.changes, *changes, "train=[sft]"]}) for changes in variants("sft", vary)]
+    request = RunRequest(file=file, root=root, changes=[*(set_ or []), "train=[sft]"])
+    checked = [request.model_copy(update={"changes": [*request.changes, *changes]}) for changes in variants("sft", vary)]
 
     def start() -> None:
         from flows.sweep import sweep as flow

@@ -21,6 +21,7 @@ def sweep(request: RunRequest, vary: list[str]) -> str:
 
     vary: fields of `sft` with their values, such as `training.learning_rate=1e-5,1e-4`.
     """
+    request = request.model_copy(update={"changes": [*request.changes, "train=[sft]"]})
     configs = {
         " ".join(_short(change) for change in changes): load_run(request.model_copy(update={"changes": [*request.changes, *changes]}))
         for changes in variants("sft", vary)

@@ -80,7 +80,7 @@ def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, mo
 
 
 def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(UserError, match=r"sft: needs about .* for sft.ranks\), .* GiB are free.*`ranks`.*lora_rank"):
+    with pytest.raises(UserError, match=r"sft: needs about .* for sft.ranks\), .* GiB are free.*lower `ranks` or train adapters"):
         prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000}))
 
 
