@@ -86,7 +86,7 @@ class Pool:
         return engines_gib(self.config, self.model)
 
     def check_memory(self) -> None:
-        """Raises UserError when CPU engines do not fit in this machine's free memory; others that are ending get some seconds to free it."""
+        """Raises UserError when CPU engines do not fit in this machine's free memory; others that are ending get seconds to free it."""
         need, deadline = self.memory_gib, time.monotonic() + END_SECONDS
         while need > (free := free_gib()):
             if time.monotonic() > deadline:
