@@ -340,7 +340,7 @@ def test_what_is_trained_under_a_remote_root_goes_on_and_is_reused_where_nothing
         "judge": {"engine": engine, "k": 1},
         "select": {"threshold": 3},
         "train": ["sft"],
-        "sft": {"epochs": 2, "rows_per_step": 8, "save_every_steps": 2},
+        "sft": {"epochs": 10, "rows_per_step": 8, "save_every_steps": 2},
         "evaluate": {"engine": served},
     }
     file = tmp_path / "run.yaml"
