@@ -48,13 +48,13 @@ scale: setup ## how far one driver reaches: a million prompts through fake engin
 	.venv/bin/python tests/benchmarks/feeding.py
 	.venv/bin/python tests/benchmarks/scale.py
 
-bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and datatrove: one table, an hour on a quiet machine
+bench: setup .venv-peers/.packages ## beside raw vLLM, ray.data.llm, curator and datatrove: one table, more than an hour on a quiet machine
 	@mkdir -p build
 	.venv/bin/python tests/benchmarks/report.py > build/bench.md
 	for script in raw_vllm ray_data_llm peers; do .venv/bin/python tests/benchmarks/$$script.py >> build/bench.md; done
 	cat build/bench.md
 
-bench-training: setup ## SFT beside a bare DeepSpeed loop and TRL: one table, half an hour on a quiet machine
+bench-training: setup ## SFT beside a bare DeepSpeed loop and TRL: one table; needs a quiet machine
 	.venv/bin/python tests/benchmarks/training.py
 
 learn: setup ## what SFT, DPO and RL teach the demo's model, SFT and RL with three seeds: two tables, hours; goes on where it was stopped

@@ -1,15 +1,13 @@
-"""Engine actors, and the fleet that feeds them.
+"""Fleets of engine actors, and what feeds them.
 
 A fleet keeps several shards in flight per engine so that none drains, and hands finished shards to the caller, who may answer with
 more: the shards of a next stage, for the same engines or for others. An engine that dies loses
 nothing: Ray starts it again, and its shards are run again, one at a time, to find out whether one of them kills engines. A shard that does
-is split until the row is found; the stage then gives that row up, and the rest goes on.
+is split until the row is found; the stage then gives that row up, and the rest goes on. The loss of a machine speaks against no shard.
 """
 
-import asyncio
 import logging
 import math
-import os
 import time
 import uuid
 from collections import deque
@@ -20,20 +18,17 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from cluster.cores import claim_cores
-from cluster.engine import EngineConfig, EngineDied
+from cluster.actor import Weights
 from cluster.errors import SpecmillError, UserError
-from cluster.fake_engine import FakeEngine
-from cluster.models import Model
-from cluster.openai_engine import OpenAIEngine
-from cluster.serving import Metered, Served, Usage
-from cluster.vllm_engine import VllmEngine
+from cluster.serving import Usage
 
 ShardT = TypeVar("ShardT")
 ResultT = TypeVar("ResultT")
 
 MAX_DEATHS = 3
-"""So many times may a shard that cannot be split or given up kill its engine, and an engine die without finishing a shard."""
+"""So many times may a shard that cannot be split be in an engine that dies, and an engine die while it starts."""
+MAX_LOSSES = 12
+"""So many times may a shard be on a machine that is lost, and an engine die without finishing a shard."""
 TICK_SECONDS = 1.0
 DEATHS = (RayActorError, OutOfMemoryError)
 """How Ray says that an actor's process has ended: by itself, with its machine, or because the machine had no memory left."""
@@ -72,76 +67,15 @@ class Done(Generic[ShardT, ResultT]):
     """Number of the engine in its fleet."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights that engines are to answer with: a safetensors file or checkpoint directory, as policy version `version`."""
-
-    path: str
-    version: int
-    push: str
-    """Names the push: a file of one name is written many times."""
-
-
-class EngineActor:
-    """One engine in a process of its own. A dead engine ends the process, so that Ray starts a fresh one."""
-
-    def __init__(self, model: Model, config: EngineConfig, number: int, receives_weights: bool) -> None:
-        if config.backend == "vllm" and config.gpus == 0:
-            mine = claim_cores(config.tensor_parallel, number * config.tensor_parallel)
-            os.sched_setaffinity(0, mine)
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, mine))
-        self._engine = _engine(model, config, receives_weights)
-        self._served = Served(self._engine, config)
-        self._turn = asyncio.Lock()
-        self._ready = False
-        self._weights: Weights | None = None
-
-    @ray.method(max_task_retries=-1)  # it waits while Ray starts the process again
-    async def ready(self, weights: Weights | None = None) -> bool:
-        """Returns when the engine answers with these weights. A restarted actor takes them anew; it would answer as the base model."""
-        async with self._turn:
-            if not self._ready:
-                await _alive(self._engine.start())
-                self._ready = True
-            if weights and weights != self._weights:
-                await _alive(self._engine.load_weights(weights.path, weights.version))
-                self._weights = weights
-        return True
-
-    async def run(self, run: Callable[[Any, Any], Awaitable[Any]], shard: Any, weights: Weights | None = None) -> tuple[Any, Usage]:
-        """Runs a stage on a shard; returns its result and what it cost."""
-        await self.ready(weights)
-        engine = Metered(self._served)
-        result = await _alive(run(engine, shard))
-        engine.usage.busy_seconds = self._served.busy_seconds()
-        return result, engine.usage
-
-    async def stop(self) -> None:
-        """Ends the engine."""
-        await self._engine.stop()
-
-
-def _engine(model: Model, config: EngineConfig, receives_weights: bool) -> Any:
-    if config.remote:
-        return OpenAIEngine(config, config.remote)
-    return FakeEngine(model, config) if config.backend == "fake" else VllmEngine(model, config, receives_weights)
-
-
-async def _alive(work: Awaitable[Any]) -> Any:
-    try:
-        return await work
-    except EngineDied:
-        os._exit(1)
-
-
 @dataclass
 class _Work:
-    """A shard and how often it was in an engine that died."""
+    """A shard, how often it was in an engine that died, and how often on a machine that was lost."""
 
     line: "Line"
     shard: Any
     size: int
     deaths: int = 0
+    losses: int = 0
 
 
 @dataclass(eq=False)
@@ -150,6 +84,7 @@ class _Slot:
 
     number: int
     actor: Any
+    node: str = ""
     running: dict[Any, _Work] = field(default_factory=dict)
     returning: Any = None
     open: bool = False
@@ -225,7 +160,11 @@ class Line(Generic[ShardT, ResultT]):
     def add(self, shards: Iterable[ShardT]) -> None:
         """Shards to run after those that wait already."""
         for shard in shards:
-            self._put(shard, deque.append)
+            self._put(self._work(shard), deque.append)
+
+    def put_back(self, work: _Work) -> None:
+        """A shard that was taken and is not done comes first again."""
+        self._put(work, deque.appendleft)
 
     def take(self, fleet: Fleet, number: int, limit: int) -> _Work:
         """The next shard for engine `number`, cut to `limit` requests if it can be: towards the end all engines share what is left."""
@@ -237,14 +176,28 @@ class Line(Generic[ShardT, ResultT]):
             del self._queues[name]
         while work.size > limit and self.stage.split and len(parts := self.stage.split(work.shard)) > 1:
             for part in reversed(parts[1:]):
-                self._put(part, deque.appendleft)
-            work = _Work(self, parts[0], self.stage.size(parts[0]))
+                self.put_back(self._work(part))
+            work = self._work(parts[0])
         return work
 
-    def _put(self, shard: ShardT, put: Callable[[deque[_Work], _Work], None]) -> None:
-        work = _Work(self, shard, self.stage.size(shard))
+    def _work(self, shard: ShardT) -> _Work:
+        return _Work(self, shard, self.stage.size(shard))
+
+    def _put(self, work: _Work, put: Callable[[deque[_Work], _Work], None]) -> None:
         self.waiting += work.size
-        put(self._queues.setdefault(self.stage.prefix(shard), deque()), work)
+        put(self._queues.setdefault(self.stage.prefix(work.shard), deque()), work)
+
+
+def portion(capacity: int, engines: int, waiting: int, can_be_cut: bool) -> tuple[int, int]:
+    """With fewer than how many requests an engine gets more, and how many that are at most, while so many wait for all engines.
+
+    Twice what it can work on: shards that wait for their last rows leave it full. Towards the end several engines get less of what can be
+    cut, in smaller pieces: what one has, no other can take.
+    """
+    least, share = max(capacity // 4, 1), waiting // (2 * engines)
+    if engines == 1 or not can_be_cut:
+        return 2 * capacity, max(least, share)
+    return capacity + max(least, min(capacity, share)), max(least, share // 2)
 
 
 class _Feeder:
@@ -274,23 +227,20 @@ class _Feeder:
         return all(slot.running or not slot.open for slot in self.slots)
 
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
-        """Hands out work until every engine has twice what it can work on: shards that wait for their last rows leave it full.
+        """Hands out work until every engine has its portion. `waiting`: requests of all lines.
 
-        Towards the end several engines get less, and smaller pieces of what can be cut: what one has, no other can take. A suspect gets an
-        engine for itself: first of all that one, back and empty, in which it was. `waiting`: requests of all lines.
+        A suspect gets an engine for itself: first of all that one, back and empty, in which it was.
         """
         for slot in self.slots if self.suspects else ():
             if self.suspects and slot.open and not slot.running:
                 self._start(slot, self.suspects.popleft())
-        capacity, least = self.fleet.capacity, max(self.fleet.capacity // 4, 1)
         while line := next((line for line in lines if line.waiting), None):
-            share, shared = waiting // (2 * len(self.slots)), len(self.slots) > 1 and line.stage.split
-            limit = capacity + max(least, min(capacity, share)) if shared else 2 * capacity
+            limit, piece = portion(self.fleet.capacity, len(self.slots), waiting, line.stage.split is not None)
             able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < limit)]
             if not able:
                 return
             slot = min(able, key=lambda slot: slot.load)
-            work = line.take(self.fleet, slot.number, max(least, share // 2 if shared else share))
+            work = line.take(self.fleet, slot.number, piece)
             waiting -= work.size
             self._start(slot, work)
 
@@ -335,7 +285,7 @@ class _Feeder:
         """Takes an engine that is there. One that does not start is left out, unless there is no other."""
         ready, slot.returning = slot.returning, None
         try:
-            slot.open = answer(ready, "an engine did not start")
+            slot.node, slot.open = answer(ready, "an engine did not start"), True
         except SpecmillError as error:
             slot.deaths += 1
             if slot.deaths <= MAX_DEATHS and not isinstance(error, UserError):
@@ -347,15 +297,19 @@ class _Feeder:
             logger.warning("engine %d of %d is left out: %s", slot.number + 1, len(self.slots), error)
 
     def _bury(self, slot: _Slot, reason: str) -> Iterator[Done]:
-        """After the death of an engine: its shards are suspects; one that was alone in it is split or given up."""
+        """After the death of an engine: its shards are suspects; one that was alone in it is split, or given up at last."""
         dead = list(slot.running.values())
         for ref in slot.running:
             self.pending.pop(ref, None)
         slot.running.clear()
         slot.deaths += 1
-        if slot.deaths > MAX_DEATHS * 4:
+        if slot.deaths > MAX_LOSSES:
             raise SpecmillError(f"an engine died {slot.deaths} times without finishing a shard: {reason}")
+        lost = not any(node["NodeID"] == slot.node and node["Alive"] for node in ray.nodes())
         self._await(slot)
+        if lost and all(work.losses < MAX_LOSSES for work in dead):
+            self._forgive(dead)
+            return
         for work in dead:
             work.deaths += 1
         if len(dead) > 1 or dead[0].deaths < 2:
@@ -366,13 +320,22 @@ class _Feeder:
         parts = stage.split(work.shard) if stage.split else [work.shard]
         if len(parts) > 1:
             self.suspects.extend(_Work(work.line, part, stage.size(part), deaths=1) for part in parts)
+        elif work.deaths < MAX_DEATHS:
+            self.suspects.append(work)
         elif stage.give_up:
             given_up = stage.give_up(work.shard, f"it killed its engine {work.deaths} times: {reason}")
             yield Done(work.line, work.shard, given_up, Usage(), slot.number)
-        elif work.deaths >= MAX_DEATHS:
-            raise SpecmillError(f"a shard killed its engine {work.deaths} times: {reason}")
         else:
-            self.suspects.append(work)
+            raise SpecmillError(f"a shard killed its engine {work.deaths} times: {reason}")
+
+    def _forgive(self, lost: Sequence[_Work]) -> None:
+        """After the loss of a machine: what ran there is run again as if it had not begun."""
+        for work in reversed(lost):
+            work.losses += 1
+            if work.deaths:
+                self.suspects.appendleft(work)
+            else:
+                work.line.put_back(work)
 
 
 def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> Iterator[Done]:

@@ -10,10 +10,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.actor import EngineActor
 from cluster.engine import EngineConfig
 from cluster.errors import SpecmillError, UserError
 from cluster.fake_engine import fake_model
-from cluster.fleet import Done, EngineActor, Fleet, ResultT, ShardT, Stage, answer
+from cluster.fleet import Done, Fleet, ResultT, ShardT, Stage, answer
 from cluster.memory import engines_gib, free_gib
 from cluster.models import Model, resolve_model
 from cluster.openai_engine import endpoint_key, endpoint_model

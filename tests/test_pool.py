@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cluster.fleet import Done, Fleet, Line, Stage
+from cluster.engine import EngineConfig
+from cluster.errors import UserError
+from cluster.fleet import Done, Fleet, Line, Stage, portion
+from cluster.pool import Pool
 from cluster.serving import Usage
 from tasks import work
 from tasks.work import Pairs
@@ -36,6 +39,27 @@ def test_an_engine_with_several_prefixes_takes_one_after_the_other() -> None:
     line.add(["b6", "b7", "b8"])
     assert [line.take(fleet, 0, 8).shard for _ in range(3)] == ["a2", "a3", "b6"], "though more of the other wait"
     assert [line.take(fleet, 1, 8).shard for _ in range(2)] == ["b7", "b8"]
+
+
+def test_towards_the_end_several_engines_hold_less_in_smaller_pieces() -> None:
+    assert portion(8, 2, 256, can_be_cut=True) == (16, 32), "twice the capacity while there is plenty"
+    assert [portion(8, 2, waiting, can_be_cut=True) for waiting in (24, 8, 2)] == [(14, 3), (10, 2), (10, 2)]
+
+
+def test_one_engine_and_what_cannot_be_cut_are_fed_to_twice_the_capacity() -> None:
+    assert [portion(8, 1, waiting, can_be_cut=True) for waiting in (256, 2)] == [(16, 128), (16, 2)]
+    assert [portion(8, 2, waiting, can_be_cut=False) for waiting in (256, 2)] == [(16, 64), (16, 2)]
+
+
+def test_engines_that_are_ending_get_time_to_free_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, free = Pool(EngineConfig(backend="fake")), iter([1.0, 1.0, 3.0])
+    monkeypatch.setattr(Pool, "memory_gib", 2.0)
+    monkeypatch.setattr("cluster.pool.free_gib", lambda: next(free))
+    pool.check_memory()
+    monkeypatch.setattr("cluster.pool.END_SECONDS", 0)
+    monkeypatch.setattr("cluster.pool.free_gib", lambda: 1.0)
+    with pytest.raises(UserError, match=r"need about 2.0 GiB, 1.0 GiB are free"):
+        pool.check_memory()
 
 
 def test_a_shard_is_cut_when_little_is_left_and_nothing_of_it_is_lost() -> None:

@@ -3,8 +3,8 @@
     python tests/benchmarks/raw_vllm.py --rounds 6
 
 The engines start once, in Specmill's actors, one bound to each core, and the contenders take turns on them, in an order that changes.
-Before each turn the prefix cache is emptied. All draw the same requests in the same order: the same token ids, seeds and grammar,
-with seeds of its own for each round.
+Before each turn the prefix cache is emptied. All draw the same requests: the same token ids, seeds and grammar, with seeds of its own for
+each round. Raw takes them in the order in which Specmill plans them.
 
 - raw: a loop in the process of each engine, which hands it ready token ids, keeps a quarter more of them in flight than the engine works
   on at a time, and collects the drawn tokens in memory. Measured from the first request to the last result. `queue`: the engines take

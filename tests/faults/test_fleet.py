@@ -15,10 +15,11 @@ import psutil
 import pytest
 from ray import cloudpickle
 
+from cluster.actor import EngineActor
 from cluster.chat import Turn
 from cluster.engine import EndpointConfig, Engine, EngineConfig, FakeConfig, Sampling
 from cluster.errors import SpecmillError, UserError
-from cluster.fleet import EngineActor, Fleet, Stage
+from cluster.fleet import Fleet, Stage
 from cluster.pool import Pool
 from cluster.serving import NotAnswered
 

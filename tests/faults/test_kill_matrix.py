@@ -97,6 +97,16 @@ def test_whatever_is_killed_in_whichever_window_nothing_is_lost_or_doubled(
     check(place)
 
 
+def test_a_row_whose_machine_is_lost_again_and_again_is_not_given_up(lives: Lives, tmp_path: Path) -> None:
+    """One engine works on one row at a time, so that the same row is under way each time."""
+    changes = ("generate.n=1", "generate.shard_rows=1", "generate.engine.engines=1", "generate.engine.max_num_seqs=1", "judge.k=1")
+    place = lives.place(tmp_path / "place")
+    windows = {f"{moment} create {stage} shard" for moment in ("before", "after") for stage in ("completions", "judgements")}
+    assert chain(lives, place, "node", windows, *changes, from_the_first=True) == [0] and place.names("done") == windows
+    assert all(shard.quarantined == 0 for stage in ("completions", "judgements") for shard in Ledger(place.store, stage).shards())
+    check(place, *changes)
+
+
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.soak), 5])
 def test_a_driver_killed_while_it_finishes_a_run_has_it_finished_by_the_next_one(lives: Lives, every: int, tmp_path: Path) -> None:
     """In every window, or every fifth one, in which a checkpoint, evaluations and the report are written."""
