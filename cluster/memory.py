@@ -44,4 +44,19 @@ def ranks_gib(model_path: str, workers: WorkersConfig, training: TrainingConfig,
     held = {stage: part for stage, part in parts.items() if stage == 3 or not training.lora_rank}
     each = sum(part * (1 if training.zero_stage >= stage else workers.ranks) for stage, part in held.items())
     each += size + size * workers.ranks * (reference and not training.lora_rank)  # what is exported, and the reference
-    return each * weight_count(model_path) / 2**30 + workers.ranks * RANK_GIB
+    return each * weight_count(model_path) / 2**30 + workers.ranks * (RANK_GIB + _batch_gib(model_path, training))
+
+
+def _batch_gib(model_path: str, training: TrainingConfig) -> float:
+    """What a rank holds between the forward and the backward pass of a micro-batch.
+
+    17 numbers a token and hidden unit in each layer (Korthikanti et al., arXiv 2205.05198, section 4.1; attention writes no scores), or one
+    and a layer's, if layers are computed again; and logits in float32, their softmax and gradient.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    layers, tokens = config.num_hidden_layers, training.micro_batch_tokens
+    numbers = 17 + layers if training.gradient_checkpointing else 17 * layers
+    hidden = tokens * config.hidden_size * numbers * (4 if training.dtype == "float32" else 2)
+    return (hidden + 3 * 4 * min(tokens, training.logit_tokens) * config.vocab_size) / 2**30

@@ -1,7 +1,6 @@
 """What would be found out hours later, checked before anything starts. A mistake raises UserError that says what to change."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from cluster.chat import chat_of
 from cluster.engine import EngineConfig
@@ -9,17 +8,15 @@ from cluster.errors import UserError
 from cluster.memory import free_gib
 from cluster.models import check_trainable
 from cluster.session import cluster_gpus
+from flows.workspace import Workspace
 from tasks.compose import plain_turns
 from tasks.progress import say
 from tasks.prompts import Split, may_be_helped
 from tasks.stage_config import StageConfig
 from tasks.trackers import check_trackers
 
-if TYPE_CHECKING:
-    from flows.workspace import Workspace
 
-
-def check_data(run: "Workspace") -> None:
+def check_data(run: Workspace) -> None:
     """Of the stages that make data. Raises UserError."""
     config = run.config
     run.requests  # noqa: B018  (raises when a grammar or a policy does not fit)
@@ -39,7 +36,7 @@ def check_data(run: "Workspace") -> None:
         raise UserError(f"{run.prompts.manifest['source']}: not one scenario group falls to the split 'sft'. Add scenario groups.")
 
 
-def _check_host(run: "Workspace", stage: str, engine: EngineConfig) -> None:
+def _check_host(run: Workspace, stage: str, engine: EngineConfig) -> None:
     """Raises UserError when a category that has prompts may not be sent to the endpoint of a stage."""
     host = host_outside(engine)
     closed = [name for name in sorted({part.category for part in run.prompts.parts}) if host not in run.allowed_hosts(name)]
@@ -55,7 +52,7 @@ def host_outside(engine: EngineConfig) -> str | None:
     return engine.remote.host if engine.remote and not engine.remote.loopback else None
 
 
-def check_training(run: "Workspace") -> None:
+def check_training(run: Workspace) -> None:
     """Of training and evaluation: prompts of the other splits, and room for them in the context. Raises UserError."""
     config = run.config
     few = (
@@ -101,7 +98,7 @@ def check_training(run: "Workspace") -> None:
                 )
 
 
-def check_gpus(run: "Workspace") -> None:
+def check_gpus(run: Workspace) -> None:
     """Raises UserError when a stage of training and the engines that work beside it need more GPUs than the Ray cluster has.
 
     Found out by Ray Train, that would be told hours later and in its words.
@@ -118,7 +115,7 @@ def check_gpus(run: "Workspace") -> None:
             )
 
 
-def check_memory(run: "Workspace", trains: bool) -> None:
+def check_memory(run: Workspace, trains: bool) -> None:
     """Raises UserError when what works on this machine's CPUs at the same time does not fit in its free memory."""
     config, drawing, judging = run.config, {"generate.engine": run.generator}, {"judge.engine": run.judge}
     moments = {"generate": drawing, "judge": judging}

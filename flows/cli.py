@@ -74,7 +74,7 @@ def _run(request: "RunRequest", start: Callable[[], object], trains: bool, check
     config = load_run(request)
     Store(config.root).check_writable()
     _prefect_environment(config.root)
-    from flows.workspace import prepare
+    from flows.opening import prepare
     from tasks.progress import say
 
     for each in (*checked, request):
@@ -123,9 +123,9 @@ def plan(
 ) -> None:
     """Shows what a run would reuse and make, why, and what it will cost. Starts nothing, and writes only the prompts as it read them."""
     from flows.config import RunRequest
+    from flows.opening import prepare
     from flows.plan import describe_plan
     from flows.plan import plan as make_plan
-    from flows.workspace import prepare
 
     workspace = prepare(RunRequest(file=file, root=root, changes=set_ or []), trains=False)
     typer.echo(describe_plan(*make_plan(workspace)))

@@ -3,9 +3,9 @@
 from prefect import flow
 
 from flows.config import RunRequest
+from flows.opening import opened
 from flows.steps import base_checkpoint, evaluate_step
 from flows.train import train
-from flows.workspace import opened
 from tasks.evaluate import Evaluation
 
 

@@ -4,10 +4,10 @@ from prefect import flow
 
 from flows.config import RunRequest
 from flows.evaluate import evaluate
+from flows.opening import opened
 from flows.regenerate import regenerate
 from flows.steps import report_step
 from flows.train import train
-from flows.workspace import opened
 
 
 @flow(name="factory", description="Policy in, dataset, checkpoints and report out. Started again, it does what is left.")

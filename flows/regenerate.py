@@ -3,8 +3,8 @@
 from prefect import flow
 
 from flows.config import RunRequest
+from flows.opening import opened
 from flows.steps import complete_and_judge_step, select_step
-from flows.workspace import opened
 from tasks.dataset import Dataset
 
 

@@ -6,10 +6,10 @@ from prefect import flow
 
 from cluster.errors import UserError
 from flows.config import RunRequest, load_run, variants
+from flows.opening import opened
 from flows.regenerate import regenerate
 from flows.steps import base_checkpoint, evaluate_step
 from flows.training_steps import sft_step
-from flows.workspace import opened
 from tasks.keys import digest
 from tasks.progress import say
 from tasks.report import comparison

@@ -5,10 +5,10 @@ from dataclasses import replace
 from prefect import flow
 
 from flows.config import RunRequest
+from flows.opening import opened
 from flows.regenerate import regenerate
 from flows.steps import base_checkpoint
 from flows.training_steps import STAGES
-from flows.workspace import opened
 from tasks.checkpoints import Checkpoint
 from tasks.preferences import require_pairs
 

@@ -14,7 +14,7 @@ from tiny_run import make_root, write_run
 
 from cluster.errors import SpecmillError, UserError
 from flows.config import RunRequest
-from flows.workspace import prepare
+from flows.opening import prepare
 from tasks.offline import train_offline
 from tasks.sft import Sft
 from tasks.stage_config import SftConfig

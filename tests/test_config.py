@@ -17,7 +17,7 @@ from cluster.errors import UserError
 from cluster.models import check_trainable
 from cluster.training_config import TrainingConfig
 from flows.config import RunConfig, RunRequest, load_run, variants
-from flows.workspace import prepare
+from flows.opening import prepare
 from tasks.sources import Source
 from tasks.stage_config import SftConfig
 

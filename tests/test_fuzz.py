@@ -22,8 +22,8 @@ from cluster.chat import Chat
 from cluster.errors import UserError
 from cluster.models import resolve_model
 from flows.config import RunConfig, RunRequest, load_run
+from flows.opening import prepare
 from flows.plan import describe_plan, plan
-from flows.workspace import prepare
 from tasks.judge import HIGHEST, LOWEST, parse_scores
 from tasks.policy import BundleFile, Category, Clause, lint, load_policy, render
 from tasks.prompt_parts import field_of

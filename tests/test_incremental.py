@@ -17,9 +17,10 @@ import yaml
 from cluster.errors import UserError
 from flows.config import RunRequest
 from flows.inspect import problems
+from flows.opening import prepare
 from flows.plan import Estimate, Line, describe_plan, plan
 from flows.steps import made_once
-from flows.workspace import prepare, survey
+from flows.workspace import survey
 from tasks import progress
 from tasks.garbage import garbage, stages
 from tasks.ledger import Ledger

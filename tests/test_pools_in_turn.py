@@ -16,8 +16,8 @@ from cluster.errors import UserError
 from cluster.fleet import Fleet
 from cluster.pool import RELEASE_SECONDS, Pool
 from flows.config import RunRequest
+from flows.opening import opened
 from flows.steps import complete_and_judge_step
-from flows.workspace import opened
 from tasks.ledger import Ledger
 
 pytestmark = pytest.mark.slow

@@ -18,9 +18,10 @@ from cluster.pool import Pool
 from flows.cli import app
 from flows.config import RunRequest
 from flows.inspect import problems
+from flows.opening import opened, prepare
 from flows.plan import plan
 from flows.steps import complete_and_judge_step, select_step
-from flows.workspace import Workspace, opened, prepare
+from flows.workspace import Workspace
 from tasks.judge import audited
 from tasks.keyset import keys_of
 from tasks.ledger import Ledger

@@ -290,8 +290,8 @@ def test_a_run_through_a_store_that_fails_now_and_then_makes_what_it_makes_of_a_
 ) -> None:
     """Driver and engines' actors meet errors, resets and lost answers; nothing is doubled, nothing is missing."""
     from flows.config import RunRequest
+    from flows.opening import opened
     from flows.steps import complete_and_judge_step, select_step
-    from flows.workspace import opened
 
     def run(root: str) -> str:
         request = RunRequest(file=str(file), root=root, samples=2, changes=["generate.shard_rows=1"])

@@ -10,8 +10,9 @@ import yaml
 
 from cluster.fake_engine import FakeEngine
 from flows.config import RunRequest
+from flows.opening import prepare
 from flows.steps import select_step
-from flows.workspace import Workspace, prepare, survey
+from flows.workspace import Workspace, survey
 from tasks.checkpoints import finish
 from tasks.complete import STAGE as COMPLETIONS
 from tasks.complete import CompletionShard, complete_shard

@@ -22,9 +22,10 @@ from report import machine, row, say
 
 from cluster.chat import chat_of
 from flows.config import RunRequest, load_run
+from flows.opening import opened
 from flows.steps import base_checkpoint, complete_and_judge_step, evaluate_step, select_step
 from flows.training_steps import sft_step
-from flows.workspace import Workspace, opened
+from flows.workspace import Workspace
 from tasks.checkpoints import Checkpoint
 from tasks.dataset import Dataset
 from tasks.evaluate import Evaluation, compare

@@ -17,9 +17,10 @@ from learning import SPECS
 from report import machine, row, say
 
 from flows.config import RunRequest, load_run
+from flows.opening import opened
 from flows.steps import base_checkpoint, complete_and_judge_step, evaluate_step, select_step
 from flows.training_steps import dpo_step, rl_step, sft_step
-from flows.workspace import Workspace, opened
+from flows.workspace import Workspace
 from tasks.checkpoints import Checkpoint
 from tasks.prompts import may_be_helped
 from tasks.rewards import FLOOR, RewardConfig, ruled

@@ -67,8 +67,9 @@ def write_run(folder: Path, engines: int, root: str) -> None:
 def drive(file: str) -> dict[str, Any]:
     """One run of the driver; seconds of each part, and its memory at its peak, in bytes."""
     from flows.config import RunRequest
+    from flows.opening import opened
     from flows.steps import complete_and_judge_step, select_step
-    from flows.workspace import opened, survey
+    from flows.workspace import survey
     from tasks.ledger import Ledger
 
     times, peaks = [time.monotonic()], []

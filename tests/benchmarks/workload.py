@@ -18,7 +18,8 @@ from cluster.chat import Turn
 from cluster.engine import Sampling
 from flows.config import RunRequest
 from flows.lines import Lines
-from flows.workspace import Workspace, prepare
+from flows.opening import prepare
+from flows.workspace import Workspace
 from tasks import complete
 from tasks.compose import generator_turns
 from tasks.progress import Progress

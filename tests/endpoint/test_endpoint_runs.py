@@ -13,8 +13,8 @@ from cluster.engine import EndpointConfig, EngineConfig
 from cluster.errors import UserError
 from cluster.serving import Metered, Served
 from flows.config import load_run
+from flows.opening import prepare
 from flows.plan import describe_plan, plan
-from flows.workspace import prepare
 from tasks.complete import CompletionShard, complete_shard
 from tasks.wanted import Wanted
 

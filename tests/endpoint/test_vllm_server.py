@@ -23,8 +23,9 @@ from cluster.engine import Completion, Sampling
 from cluster.errors import UserError
 from cluster.serving import Metered, Served
 from flows.config import RunRequest
+from flows.opening import prepare
 from flows.plan import describe_plan, plan
-from flows.workspace import Workspace, prepare
+from flows.workspace import Workspace
 from tasks import thoughts
 from tasks.judge import SUBSCORES_FULL, _schema, parse_scores
 from tasks.ledger import Ledger

@@ -21,7 +21,8 @@ from write_sites import FOLDERS, WINDOWS
 
 from flows.config import RunRequest
 from flows.inspect import problems
-from flows.workspace import Workspace, prepare, survey
+from flows.opening import prepare
+from flows.workspace import Workspace, survey
 from tasks import ledger
 from tasks.garbage import garbage
 from tasks.ledger import Ledger
@@ -89,8 +90,8 @@ class Place:
 
 def life(folder: str, changes: tuple[str, ...]) -> None:
     """One run of the driver: the steps of the flow, one after the other, without Prefect."""
+    from flows.opening import opened
     from flows.steps import complete_and_judge_step, select_step
-    from flows.workspace import opened
 
     ledger.SNAPSHOT_ENTRIES = 4
     (Path(folder) / "windows" / "driver").write_text(str(os.getpid()))
@@ -101,8 +102,8 @@ def life(folder: str, changes: tuple[str, ...]) -> None:
 
 def finish(folder: str, changes: tuple[str, ...]) -> None:
     """The other half of a run: a checkpoint that nobody trains, evaluations by engines that are no models, the report."""
+    from flows.opening import opened
     from flows.steps import base_checkpoint, evaluate_step, made_once, report_step, select_step
-    from flows.workspace import opened
     from tasks import checkpoints
 
     ledger.SNAPSHOT_ENTRIES = 4
@@ -165,7 +166,7 @@ class Lives:
         os.environ["RAY_ADDRESS"] = self.cluster.address
         self.node: Any = None
         self.context: Any = multiprocessing.get_context(start)
-        self.context.set_forkserver_preload(["flows.steps", "flows.workspace", "sitecustomize"])
+        self.context.set_forkserver_preload(["flows.steps", "flows.opening", "sitecustomize"])
 
     def place(self, folder: Path, root: str = "", engine: dict[str, Any] = FAKE, groups: int = 3) -> Place:
         """A new place, at which the windows look from now on."""

@@ -23,7 +23,7 @@ from s3_server import KEY, SECRET, S3Server
 from write_sites import DATA_SITES, FINAL_SITES
 
 from flows.inspect import problems
-from flows.workspace import prepare
+from flows.opening import prepare
 from tasks import ledger
 from tasks.keys import KEY_BYTES
 from tasks.ledger import Ledger
