@@ -52,7 +52,7 @@ class Served:
         self.engine, self.config = engine, config
         self._in_flight = 0
         self._busy_since = self._answered_at = self._given_at = 0.0
-        self._silent_at = -math.inf
+        self._silent_at = self._refused_at = -math.inf
         self._busy = 0.0
         self._doubt = asyncio.Lock()
         # An endpoint's client keeps the time itself, from when it sends a request: it holds back what is too much for the server.
@@ -63,7 +63,7 @@ class Served:
 
         A request is given up after `attempts` attempts without an answer, or when the server has been too busy for it for
         `request_seconds`, which counts as no attempt; but only if the engine answers others meanwhile. An engine that answers nobody for
-        so long, or refuses everything, ends the run (SpecmillError): what is wrong is not the rows.
+        so long, or refuses everybody from some moment on, ends the run (SpecmillError): what is wrong is not the rows.
         """
         since, failed, tries, lives = 0.0, 0, 0, False
         while True:
@@ -85,7 +85,7 @@ class Served:
                         raise SpecmillError(f"{told}. What is made is kept.") from None
                 pause = error.pause if isinstance(error, Busy) else 0.0
             except ValueError as error:
-                if not await self._answers(sampling, usage, asked - LONGEST_PAUSE):
+                if await self._refuses_all(sampling, usage):
                     raise SpecmillError(f"{error}. A request of one word is not answered either. What is made is kept.") from None
                 raise
             else:
@@ -103,9 +103,23 @@ class Served:
                 try:
                     self._count(await self._watched(ONE_WORD, sampling), usage)
                     self._given_at = time.monotonic()
-                except (Unavailable, MemoryError, ValueError):
+                except (Unavailable, MemoryError):
                     self._silent_at = time.monotonic()
+                except ValueError:
+                    self._silent_at = self._refused_at = time.monotonic()
             return self._given_at > since
+
+    async def _refuses_all(self, sampling: Sampling, usage: Usage) -> bool:
+        """Whether what was refused just now is not to blame: from now on the engine refuses one word, too, or answers nobody."""
+        since = time.monotonic()
+        while time.monotonic() - since <= self.config.request_seconds:
+            answers = await self._answers(sampling, usage, since)
+            if self._refused_at > since - LONGEST_PAUSE:
+                return True
+            if answers:
+                return False
+            await asyncio.sleep(LONGEST_PAUSE)
+        return True
 
     def _count(self, answer: Completion, usage: Usage) -> None:
         tokens = answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens

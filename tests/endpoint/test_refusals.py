@@ -3,10 +3,12 @@
 import asyncio
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
 from faulty_proxy import Fault, reset, status
@@ -14,7 +16,7 @@ from provider import KEY, TURNS, VARIABLE, answering, config, draw, draw_many, e
 
 from cluster import serving
 from cluster.chat import Turn
-from cluster.engine import Busy, Sampling, Unavailable
+from cluster.engine import Busy, Completion, Sampling, Unavailable
 from cluster.errors import SpecmillError, UserError
 from cluster.serving import Metered, NotAnswered, Served
 
@@ -145,19 +147,33 @@ def test_what_a_server_refuses_of_everybody_ends_the_run_and_what_it_refuses_of_
         draw_many(engine(config(proxy.url)), 3)
     assert not isinstance(raised.value, NotAnswered)
 
-    async def first_one_then_another() -> None:
+    async def all_of_them() -> list[Any]:
+        asked = engine(config(proxy.url))
+        await asked.start()
+        metered = Metered(Served(asked, asked.config))
+        try:
+            return await asyncio.gather(*(metered.complete(TURNS, Sampling(1.0, 8, seed)) for seed in range(40)), return_exceptions=True)
+        finally:
+            await asked.stop()
+
+    with answering(*[said()] * 20, failed(400, "no credit left")) as proxy:
+        became = Counter(type(answer) for answer in asyncio.run(all_of_them()))
+    assert became == {Completion: 20, SpecmillError: 20}, "none is held against its row"
+
+    async def one_after_the_other() -> None:
         asked = engine(config(proxy.url))
         await asked.start()
         metered = Metered(Served(asked, asked.config))
         try:
             await metered.complete(TURNS, Sampling(1.0, 8, 1))
-            await asyncio.sleep(0.2)
             await metered.complete(TURNS, Sampling(1.0, 8, 2))
         finally:
             await asked.stop()
 
     with answering(said(), failed(400, "no credit left")) as proxy, pytest.raises(SpecmillError, match="no credit left"):
-        asyncio.run(first_one_then_another())
+        asyncio.run(one_after_the_other())
+    with answering(said(), failed(400, "too long"), failed(503), failed(500), said()) as proxy, pytest.raises(ValueError, match="too long"):
+        asyncio.run(one_after_the_other())
     with answering(poisonous(failed(400, "too long"))) as proxy, pytest.raises(ValueError, match="too long"):
         draw_many(engine(config(proxy.url)), 1, turns=[Turn(role="user", content="poison")])
 
