@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -26,9 +26,11 @@ ShardT = TypeVar("ShardT")
 ResultT = TypeVar("ResultT")
 
 MAX_DEATHS = 3
-"""So many times may a shard that cannot be split be in an engine that dies, and an engine die while it starts."""
+"""A shard that cannot be cut may be in so many engines that die, and an engine may die so often while it starts."""
 MAX_LOSSES = 12
-"""So many times may a shard be on a machine that is lost, and an engine die without finishing a shard."""
+"""The same of a shard where machines were lost, and of an engine that finishes no shard."""
+NOTICE_SECONDS = 20.0
+"""Ray may need so long to notice that a machine is gone, whose processes' end it tells at once."""
 TICK_SECONDS = 1.0
 DEATHS = (RayActorError, OutOfMemoryError)
 """How Ray says that an actor's process has ended: by itself, with its machine, or because the machine had no memory left."""
@@ -69,13 +71,14 @@ class Done(Generic[ShardT, ResultT]):
 
 @dataclass
 class _Work:
-    """A shard, how often it was in an engine that died, and how often on a machine that was lost."""
+    """A shard; of the engines that died with it in them, the nodes, and of the last one, when and why."""
 
     line: "Line"
     shard: Any
     size: int
-    deaths: int = 0
-    losses: int = 0
+    deaths: tuple[str, ...] = ()
+    died_at: float = 0.0
+    reason: str = ""
 
 
 @dataclass(eq=False)
@@ -160,11 +163,7 @@ class Line(Generic[ShardT, ResultT]):
     def add(self, shards: Iterable[ShardT]) -> None:
         """Shards to run after those that wait already."""
         for shard in shards:
-            self._put(self._work(shard), deque.append)
-
-    def put_back(self, work: _Work) -> None:
-        """A shard that was taken and is not done comes first again."""
-        self._put(work, deque.appendleft)
+            self._put(shard, deque.append)
 
     def take(self, fleet: Fleet, number: int, limit: int) -> _Work:
         """The next shard for engine `number`, cut to `limit` requests if it can be: towards the end all engines share what is left."""
@@ -176,16 +175,14 @@ class Line(Generic[ShardT, ResultT]):
             del self._queues[name]
         while work.size > limit and self.stage.split and len(parts := self.stage.split(work.shard)) > 1:
             for part in reversed(parts[1:]):
-                self.put_back(self._work(part))
-            work = self._work(parts[0])
+                self._put(part, deque.appendleft)
+            work = _Work(self, parts[0], self.stage.size(parts[0]))
         return work
 
-    def _work(self, shard: ShardT) -> _Work:
-        return _Work(self, shard, self.stage.size(shard))
-
-    def _put(self, work: _Work, put: Callable[[deque[_Work], _Work], None]) -> None:
+    def _put(self, shard: ShardT, put: Callable[[deque[_Work], _Work], None]) -> None:
+        work = _Work(self, shard, self.stage.size(shard))
         self.waiting += work.size
-        put(self._queues.setdefault(self.stage.prefix(work.shard), deque()), work)
+        put(self._queues.setdefault(self.stage.prefix(shard), deque()), work)
 
 
 def portion(capacity: int, engines: int, waiting: int, can_be_cut: bool) -> tuple[int, int]:
@@ -200,6 +197,16 @@ def portion(capacity: int, engines: int, waiting: int, can_be_cut: bool) -> tupl
     return capacity + max(least, min(capacity, share)), max(least, share // 2)
 
 
+def to_blame(deaths: Sequence[str], seconds: float, there: Collection[str]) -> bool | None:
+    """Whether a shard that cannot be cut is to blame for the deaths of the engines that it was in, or their machines were lost.
+
+    None while Ray may not know yet. `deaths`: their nodes; `seconds`: since the last one; `there`: the nodes that are there now.
+    """
+    if sum(node in there for node in deaths) < MAX_DEATHS and len(deaths) < MAX_LOSSES:
+        return False
+    return True if seconds >= NOTICE_SECONDS or len(there) == 1 else None
+
+
 class _Feeder:
     """Feeds one fleet from the lines that want it, the first ones first."""
 
@@ -209,6 +216,9 @@ class _Feeder:
         """Answers that are waited for, and from whom."""
         self.slots = [_Slot(number, actor) for number, actor in enumerate(fleet.actors)]
         self.suspects: deque[_Work] = deque()
+        """Shards that were in an engine that died."""
+        self.accused: list[_Work] = []
+        """Suspects that cannot be cut and were there at the death of MAX_DEATHS engines."""
         self._there = time.monotonic()
         """When an engine was last seen to be there."""
         for slot in self.slots:
@@ -219,7 +229,7 @@ class _Feeder:
     @property
     def busy(self) -> bool:
         """Whether something is under way or in doubt."""
-        return bool(self.suspects) or any(slot.running for slot in self.slots)
+        return bool(self.suspects or self.accused) or any(slot.running for slot in self.slots)
 
     @property
     def full(self) -> bool:
@@ -266,7 +276,7 @@ class _Feeder:
         try:
             result, usage = answer(ready)
         except DEATHS as error:
-            yield from self._bury(slot, last_line(error))
+            self._bury(slot, last_line(error))
             return
         work = slot.running.pop(ready)
         slot.load, slot.open, slot.deaths = slot.load - work.size, True, 0
@@ -296,8 +306,8 @@ class _Feeder:
                 raise
             logger.warning("engine %d of %d is left out: %s", slot.number + 1, len(self.slots), error)
 
-    def _bury(self, slot: _Slot, reason: str) -> Iterator[Done]:
-        """After the death of an engine: its shards are suspects; one that was alone in it is split, or given up at last."""
+    def _bury(self, slot: _Slot, reason: str) -> None:
+        """After the death of an engine: its shards are suspects; one that was alone in it is split, or accused at last."""
         dead = list(slot.running.values())
         for ref in slot.running:
             self.pending.pop(ref, None)
@@ -305,37 +315,40 @@ class _Feeder:
         slot.deaths += 1
         if slot.deaths > MAX_LOSSES:
             raise SpecmillError(f"an engine died {slot.deaths} times without finishing a shard: {reason}")
-        lost = not any(node["NodeID"] == slot.node and node["Alive"] for node in ray.nodes())
         self._await(slot)
-        if lost and all(work.losses < MAX_LOSSES for work in dead):
-            self._forgive(dead)
-            return
         for work in dead:
-            work.deaths += 1
-        if len(dead) > 1 or dead[0].deaths < 2:
+            work.deaths, work.died_at, work.reason = (*work.deaths, slot.node), time.monotonic(), reason
+        if len(dead) > 1 or len(dead[0].deaths) < 2:
             self.suspects.extend(dead)
             return
         (work,) = dead
         stage = work.line.stage
         parts = stage.split(work.shard) if stage.split else [work.shard]
         if len(parts) > 1:
-            self.suspects.extend(_Work(work.line, part, stage.size(part), deaths=1) for part in parts)
-        elif work.deaths < MAX_DEATHS:
-            self.suspects.append(work)
-        elif stage.give_up:
-            given_up = stage.give_up(work.shard, f"it killed its engine {work.deaths} times: {reason}")
-            yield Done(work.line, work.shard, given_up, Usage(), slot.number)
+            self.suspects.extend(_Work(work.line, part, stage.size(part), (slot.node,)) for part in parts)
         else:
-            raise SpecmillError(f"a shard killed its engine {work.deaths} times: {reason}")
+            (self.suspects if len(work.deaths) < MAX_DEATHS else self.accused).append(work)
 
-    def _forgive(self, lost: Sequence[_Work]) -> None:
-        """After the loss of a machine: what ran there is run again as if it had not begun."""
-        for work in reversed(lost):
-            work.losses += 1
-            if work.deaths:
-                self.suspects.appendleft(work)
-            else:
-                work.line.put_back(work)
+    def judge(self) -> Iterator[Done]:
+        """Gives the accused up, unless it turns out that engines died because their machines were lost: those may try again.
+
+        Raises SpecmillError where the stage gives nothing up.
+        """
+        if not self.accused:
+            return
+        there, now = {node["NodeID"] for node in ray.nodes() if node["Alive"]}, time.monotonic()
+        for work in self.accused.copy():
+            guilty = to_blame(work.deaths, now - work.died_at, there)
+            if guilty is None:
+                continue
+            self.accused.remove(work)
+            if not guilty:
+                self.suspects.append(work)
+                continue
+            told, give_up = f"killed its engine {len(work.deaths)} times: {work.reason}", work.line.stage.give_up
+            if give_up is None:
+                raise SpecmillError(f"a shard {told}")
+            yield Done(work.line, work.shard, give_up(work.shard, f"it {told}"), Usage(), 0)
 
 
 def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> Iterator[Done]:
@@ -352,10 +365,14 @@ def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> It
             return
         for feeder in feeders.values():
             feeder.check()
+            yield from feeder.judge()
             feeder.fill([line for line in lines if line.waiting and line.fleet() is feeder.fleet], waiting)
         pending = [ref for feeder in feeders.values() for ref in feeder.pending]
         if tick:
             tick(all(feeder.full for feeder in feeders.values()))
+        if not pending:  # only accused are left
+            time.sleep(TICK_SECONDS)
+            continue
         ready, _ = ray.wait(pending, num_returns=1, timeout=TICK_SECONDS)
         if ready:  # of a thousand engines, many have answered in the meantime
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)

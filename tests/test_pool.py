@@ -9,7 +9,7 @@ import pytest
 
 from cluster.engine import EngineConfig
 from cluster.errors import UserError
-from cluster.fleet import Done, Fleet, Line, Stage, portion
+from cluster.fleet import Done, Fleet, Line, Stage, portion, to_blame
 from cluster.pool import Pool
 from cluster.serving import Usage
 from tasks import work
@@ -49,6 +49,16 @@ def test_towards_the_end_several_engines_hold_less_in_smaller_pieces() -> None:
 def test_one_engine_and_what_cannot_be_cut_are_fed_to_twice_the_capacity() -> None:
     assert [portion(8, 1, waiting, can_be_cut=True) for waiting in (256, 2)] == [(16, 128), (16, 2)]
     assert [portion(8, 2, waiting, can_be_cut=False) for waiting in (256, 2)] == [(16, 64), (16, 2)]
+
+
+def test_a_shard_is_to_blame_for_deaths_on_machines_that_are_still_there() -> None:
+    nodes = {"head", "one", "two"}
+    assert to_blame(["one", "one"], 60, nodes) is False
+    assert to_blame(["one", "two", "one"], 60, nodes) is True
+    assert to_blame(["one", "two", "one"], 1, nodes) is None, "one of them may be gone, and Ray not know it yet"
+    assert to_blame(["one", "two", "one"], 1, {"head", "one"}) is False, "and now it knows"
+    assert to_blame(["head"] * 3, 0, {"head"}) is True, "the only machine is that of the run"
+    assert to_blame(["gone"] * 12, 60, nodes) is True, "a shard may take machines down, too"
 
 
 def test_engines_that_are_ending_get_time_to_free_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

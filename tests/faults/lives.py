@@ -19,6 +19,7 @@ import pytest
 import yaml
 from write_sites import FOLDERS, WINDOWS
 
+from cluster import fleet
 from flows.config import RunRequest
 from flows.inspect import problems
 from flows.opening import prepare
@@ -98,6 +99,12 @@ def life(folder: str, changes: tuple[str, ...]) -> None:
     with opened(RunRequest(file=f"{folder}/run.yaml", changes=list(changes)), trains=False) as run:
         complete_and_judge_step.fn(run)
         (Path(folder) / "dataset").write_text(select_step.fn(run).version)
+
+
+def strict_life(folder: str, changes: tuple[str, ...]) -> None:
+    """One run in which a row is accused at the second death of its engine."""
+    fleet.MAX_DEATHS = 2
+    life(folder, changes)
 
 
 def finish(folder: str, changes: tuple[str, ...]) -> None:

@@ -18,7 +18,21 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 import pytest
-from lives import FAKE, TARGETS, Lives, Place, chain, check, collection, deletion, edit_clause, finish, life_of_a_full_disk, reached
+from lives import (
+    FAKE,
+    TARGETS,
+    Lives,
+    Place,
+    chain,
+    check,
+    collection,
+    deletion,
+    edit_clause,
+    finish,
+    life_of_a_full_disk,
+    reached,
+    strict_life,
+)
 from s3_server import KEY, SECRET, S3Server
 from write_sites import DATA_SITES, FINAL_SITES
 
@@ -97,12 +111,13 @@ def test_whatever_is_killed_in_whichever_window_nothing_is_lost_or_doubled(
     check(place)
 
 
-def test_a_row_whose_machine_is_lost_again_and_again_is_not_given_up(lives: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["node", "machine"])
+def test_a_row_whose_machine_is_lost_again_and_again_is_not_given_up(lives: Lives, target: str, tmp_path: Path) -> None:
     """One engine works on one row at a time, so that the same row is under way each time."""
     changes = ("generate.n=1", "generate.shard_rows=1", "generate.engine.engines=1", "generate.engine.max_num_seqs=1", "judge.k=1")
     place = lives.place(tmp_path / "place")
     windows = {f"{moment} create {stage} shard" for moment in ("before", "after") for stage in ("completions", "judgements")}
-    assert chain(lives, place, "node", windows, *changes, from_the_first=True) == [0] and place.names("done") == windows
+    assert chain(lives, place, target, windows, *changes, what=strict_life, from_the_first=True) == [0] and place.names("done") == windows
     assert all(shard.quarantined == 0 for stage in ("completions", "judgements") for shard in Ledger(place.store, stage).shards())
     check(place, *changes)
 
