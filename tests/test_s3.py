@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -318,11 +320,6 @@ def test_what_is_trained_under_a_remote_root_goes_on_and_is_reused_where_nothing
     from flows.config import RunRequest
     from flows.train import train
 
-    def interrupt() -> None:
-        while not Store(root).glob("checkpoints/*/.training/model/checkpoint_manager_snapshot.json"):
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-
     def lines() -> list[str]:
         found = (tmp_path / "cache").glob("roots/*/checkpoints/*/**/model/metrics.jsonl")
         return next(found).read_text().splitlines()
@@ -346,11 +343,12 @@ def test_what_is_trained_under_a_remote_root_goes_on_and_is_reused_where_nothing
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(content))
     request = RunRequest(file=str(file))
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        train(request)
-    interrupter.join()
+    driver = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", str(file), "--flow", "train"], start_new_session=True)
+    while not Store(root).glob("checkpoints/*/.training/model/checkpoint_manager_snapshot.json"):
+        assert driver.poll() is None
+        time.sleep(0.1)
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.wait(timeout=120) == 130
     begun = lines()
     shutil.rmtree(tmp_path / "cache")
     (trained,) = train(request)
