@@ -4,7 +4,7 @@
 
 Runs a tenth of the prompts and then all of them, each in a driver of its own on one Ray, and prints rows per second, the driver's memory
 at its peak after each part, what a key costs of it, and how long it takes to find out and make some thousand completions when all others
-are there. Then every twenty-fifth of them on S3 (SeaweedFS on loopback), to count the requests that a row takes.
+are there. Then a tenth of them on S3 (SeaweedFS on loopback), to count the requests that a row takes.
 """
 
 import argparse
@@ -187,4 +187,4 @@ if __name__ == "__main__":
     else:
         scale(arguments.prompts, arguments.engines)
         with tempfile.TemporaryDirectory() as place:
-            s3_requests(Path(place), arguments.prompts // 25, arguments.engines)
+            s3_requests(Path(place), arguments.prompts // 10, arguments.engines)
