@@ -55,7 +55,8 @@ class ScoredModel(torch.nn.Module):
             if isinstance(module, GradientCheckpointingLayer):  # as transformers' decoder layers are
                 module.forward = torch.compile(module.forward, dynamic=True)
         head = self.plain.get_output_embeddings()
-        head.forward = partial(_scores_in_pieces, head, self.logit_tokens, torch.compile(score, dynamic=True))
+        # the second call compiles for any number of tokens; with `dynamic` the first would, for any vocabulary too, and slower
+        head.forward = partial(_scores_in_pieces, head, self.logit_tokens, torch.compile(score))
 
     @property
     def plain(self) -> Any:
@@ -90,13 +91,19 @@ def _scores_in_pieces(
 
 
 def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenScores:
-    """Scores of `targets` [L] under logits [L, V] / temperature, in float32."""
-    every = F.log_softmax(logits.float() / temperature, -1)
-    logp = every.gather(-1, targets[:, None]).squeeze(-1)
+    """Scores of `targets` [L] under logits [L, V] / temperature, in float32.
+
+    Written out so that a compiler reads the logits twice: once for their maximum, once for the two sums.
+    """
+    scaled = logits.float() / temperature
+    shifted = scaled - scaled.detach().amax(-1, keepdim=True)
+    odds = shifted.exp()
+    total = odds.sum(-1)
+    target = shifted.gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
-        entropy = -(every.exp() * every).nan_to_num().sum(-1)
-        top = (logp >= every.amax(-1)).float()
-    return TokenScores(logp, entropy, top)
+        entropy = total.log() - (odds * shifted).nan_to_num().sum(-1) / total
+        top = (target >= 0).float()
+    return TokenScores(target - total.log(), entropy, top)
 
 
 def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None, on_gpu: bool = False) -> ScoredModel:

@@ -1,5 +1,6 @@
 """What would be found out hours later, checked before anything starts. A mistake raises UserError that says what to change."""
 
+import time
 from collections.abc import Iterable
 
 from cluster.chat import chat_of
@@ -7,6 +8,7 @@ from cluster.engine import EngineConfig
 from cluster.errors import UserError
 from cluster.memory import free_gib
 from cluster.models import check_trainable
+from cluster.pool import END_SECONDS, Pool
 from cluster.session import cluster_gpus
 from flows.workspace import Workspace
 from tasks.compose import plain_turns
@@ -115,30 +117,44 @@ def check_gpus(run: Workspace) -> None:
             )
 
 
-def check_memory(run: Workspace, trains: bool) -> None:
-    """Raises UserError when what works on this machine's CPUs at the same time does not fit in its free memory."""
+def check_memory(run: Workspace) -> None:
+    """Of making data and, in the first round of a run that trains, of all that follows. Raises UserError; see `check_room`."""
     config, drawing, judging = run.config, {"generate.engine": run.generator}, {"judge.engine": run.judge}
-    moments = {"generate": drawing, "judge": judging}
-    if config.judge.overlap and (run.judge is not run.generator or (trains and config.rounds > 1)):  # later rounds have a generator apart
-        moments = {"generate and judge": drawing | judging}
-    if trains:
-        moments |= {name: run.beside(name) for name in config.train}
-        moments["evaluate"] = {"evaluate.engine": run.policy_engine} | judging
-    free = free_gib()
-    for moment, pools in moments.items():
-        parts = {place: pool.memory_gib for place, pool in pools.items()}
-        if moment in config.train:
-            parts[f"{moment}.ranks"] = run.ranks_gib(moment)
-        if sum(parts.values()) > free:
-            ways = ["lower `engines` or `kv_cache_gib`", "take a smaller model"]
-            if moment in config.train:
-                ways.append("lower `ranks` or train adapters (`training.lora_rank`)")
-            if moment == "generate and judge":
-                ways.append("let generator and judge take turns (`judge.overlap: false`)")
-            raise UserError(
-                f"{moment}: needs about {sum(parts.values()):.1f} GiB at the same time ({_told(parts)}), {free:.1f} GiB are free. To make "
-                f"it fit, {', or '.join(ways)}."
-            )
+    later_rounds = run.trains and config.rounds > 1  # those have a generator apart
+    if config.judge.overlap and (run.judge is not run.generator or later_rounds):
+        check_room("generate and judge", drawing | judging)
+    else:
+        check_room("generate", drawing)
+        check_room("judge", judging)
+    if run.trains and run.round == 1:
+        for name in config.train:
+            check_room(name, run.beside(name), run.ranks_gib(name))
+        check_room("evaluate", {"evaluate.engine": run.policy_engine} | judging)
+
+
+def check_room(moment: str, pools: dict[str, Pool], ranks_gib: float = 0.0) -> None:
+    """Raises UserError when engines, by their place in the run file, and ranks that work on this machine's CPUs at the same time do not fit
+    in its free memory. Engines that are there already have theirs; others that are ending get seconds to free it."""
+    parts = {place: pool.memory_gib for place, pool in pools.items() if not pool.started}
+    if ranks_gib:
+        parts[f"{moment}.ranks"] = ranks_gib
+    deadline = time.monotonic() + END_SECONDS
+    while (free := free_gib()) < sum(parts.values()):
+        if time.monotonic() > deadline:
+            raise UserError(_too_much(moment, parts, free))
+        time.sleep(0.2)
+
+
+def _too_much(moment: str, parts: dict[str, float], free: float) -> str:
+    ways = ["lower `engines` or `kv_cache_gib`", "take a smaller model"]
+    if f"{moment}.ranks" in parts:
+        ways.append("lower `ranks` or train adapters (`training.lora_rank`)")
+    if moment == "generate and judge":
+        ways.append("let generator and judge take turns (`judge.overlap: false`)")
+    return (
+        f"{moment}: needs about {sum(parts.values()):.1f} GiB at the same time ({_told(parts)}), {free:.1f} GiB are free. To make it "
+        f"fit, {', or '.join(ways)}."
+    )
 
 
 def _told(parts: dict[str, float]) -> str:

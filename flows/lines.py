@@ -41,6 +41,11 @@ class Lines:
         for source, category, pairs in wanted.judgements_to_make(missing):
             self.judged.add(self.judging, [run.judgement_shard(source, category, pairs)])
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to draw or to judge."""
+        return bool(self.drawing.waiting or self.judging.waiting)
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Claims the ledger of each line that has, or will have, something to write."""

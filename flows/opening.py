@@ -8,7 +8,7 @@ from cluster.engine import EngineConfig
 from cluster.errors import UserError
 from cluster.pool import Pool
 from cluster.session import ray_session
-from flows.checks import check_data, check_gpus, check_memory, check_training
+from flows.checks import check_data, check_gpus, check_training
 from flows.config import RunConfig, RunRequest, load_run
 from flows.workspace import Workspace
 from tasks.policy import Policy, load_policy
@@ -48,7 +48,6 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
         check_data(workspace)
         if trains:
             check_training(workspace)
-        check_memory(workspace, trains)
     return workspace
 
 
@@ -76,7 +75,7 @@ def _with_pools(config: RunConfig, policy: Policy, prompts: PromptSet, store: St
                 pool.model  # noqa: B018  (raises when there is no such model)
     if config.generate.engine.backend == "vllm" and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    return Workspace(config, policy, prompts, store, generator, judge, policy_engine, held_out)
+    return Workspace(config, policy, prompts, store, generator, judge, policy_engine, trains, held_out)
 
 
 def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:

@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cluster.models import weights_digest
+from flows.checks import check_memory
 from flows.lines import Lines
 from flows.workspace import Workspace, survey
 from tasks import complete, evaluate, judge
@@ -35,6 +36,8 @@ def complete_and_judge_step(run: Workspace) -> None:
     with Progress("complete", "completions") as drawn, Progress("judge", "verdicts") as judged:
         lines = Lines(run, drawn, judged)
         with lines.claimed():
+            if lines.waiting:
+                check_memory(run)
             if run.judge is run.generator or run.config.judge.overlap:
                 lines.work_together()
             else:

@@ -36,6 +36,8 @@ class Workspace:
     generator: Pool
     judge: Pool
     policy_engine: Pool
+    trains: bool = True
+    """Whether checkpoints will be written."""
     held_out: Pool | None = None
     """The judge that rewards nothing, if RL is to have one."""
     dataset: Dataset | None = None

@@ -13,6 +13,7 @@ import yaml
 from tiny_run import make_root, write_run
 
 from cluster.errors import SpecmillError, UserError
+from flows.checks import check_memory
 from flows.config import RunRequest
 from flows.opening import prepare
 from tasks.offline import train_offline
@@ -79,17 +80,31 @@ def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, mo
         prepare(run_with(tmp_path, model))
 
 
-def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path) -> None:
+@pytest.fixture
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is ending whose memory would be waited for."""
+    monkeypatch.setattr("flows.checks.END_SECONDS", 0)
+
+
+def test_too_little_memory_for_the_engines(tmp_path: Path, model: Path, no_patience: None) -> None:
+    engine = {"model": str(model), "dtype": "float32", "engines": 1, "kv_cache_gib": 9000}
+    with pytest.raises(UserError, match=r"generate: needs about 900\d\.\d GiB .* for generate.engine\), .*lower .*`kv_cache_gib`"):
+        check_memory(prepare(run_with(tmp_path, model, generate={"engine": engine}, judge={"engine": engine})))
+
+
+def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path, no_patience: None) -> None:
     with pytest.raises(UserError, match=r"sft: needs about .* for sft.ranks\), .* GiB are free.*lower `ranks` or train adapters"):
-        prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000}))
+        check_memory(prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000})))
 
 
-def test_too_little_memory_for_the_ranks_and_the_engines_beside_them(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_the_ranks_and_the_engines_beside_them(
+    tmp_path: Path, model: Path, no_patience: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flows.checks.free_gib", lambda: 4.5)
-    assert prepare(run_with(tmp_path, model, train=["sft"]))
+    check_memory(prepare(run_with(tmp_path, model, train=["sft"])))
     parts = r"\(2\.\d+ for evaluate.engine, 1\.\d+ for judge.engine, 1\.\d+ for rl.ranks\)"
     with pytest.raises(UserError, match=rf"rl: needs about \d\.\d GiB at the same time {parts}, 4.5 GiB are free"):
-        prepare(run_with(tmp_path, model, train=["sft", "rl"]))
+        check_memory(prepare(run_with(tmp_path, model, train=["sft", "rl"])))
 
 
 def test_a_development_split_in_which_no_refusal_would_be_one_too_many(tmp_path: Path, model: Path) -> None:

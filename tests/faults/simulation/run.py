@@ -82,7 +82,7 @@ def workspace(settings: Settings) -> Run:
     config: Any = SimpleNamespace(settings=settings, generate=generate, judge=judge, lease_seconds=LEASE)
     store = Store(ROOT)
     pools: Any = [Pool("generator", settings.engines), Pool("judge", settings.engines)]
-    return Run(config, None, prompt_set(store), store, *pools, None)  # type: ignore[arg-type]
+    return Run(config, None, prompt_set(store), store, *pools, None, trains=False)  # type: ignore[arg-type]
 
 
 def prompt_set(store: Store) -> PromptSet:
