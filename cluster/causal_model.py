@@ -7,6 +7,7 @@ computed for some hundred predictions at a time, of which only the scores stay; 
 import socket
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,17 +94,18 @@ def _scores_in_pieces(
 def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenScores:
     """Scores of `targets` [L] under logits [L, V] / temperature, in float32.
 
-    Written out so that a compiler reads the logits twice: once for their maximum, once for the two sums.
+    `log_softmax` is what engines take, too: on CPU it is off by up to 1e-4, by the same in both. What stands beside it uses the terms that
+    a compiler finds in it, so that the logits are read twice in all: for their maximum and for the sums.
     """
     scaled = logits.float() / temperature
-    shifted = scaled - scaled.detach().amax(-1, keepdim=True)
-    odds = shifted.exp()
-    total = odds.sum(-1)
-    target = shifted.gather(-1, targets[:, None]).squeeze(-1)
+    logp = F.log_softmax(scaled, -1).gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
-        entropy = total.log() - (odds * shifted).nan_to_num().sum(-1) / total
-        top = (target >= 0).float()
-    return TokenScores(target - total.log(), entropy, top)
+        shifted = scaled - scaled.amax(-1, keepdim=True)
+        odds = shifted.exp()
+        total = odds.sum(-1, keepdim=True)
+        entropy = (total.log() - (odds * shifted).nan_to_num().sum(-1, keepdim=True) / total).squeeze(-1)
+        top = (shifted.gather(-1, targets[:, None]).squeeze(-1) >= 0).float()
+    return TokenScores(logp, entropy, top)
 
 
 def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None, on_gpu: bool = False) -> ScoredModel:
@@ -111,7 +113,7 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
 
     With ZeRO-3 settings no rank ever holds all of it. Dropout is off: what draws and what learns are one policy. On a GPU, packed rows
     attend one by one, and layers are compiled if the configuration says so. Raises UserError when `model_path` is no checkpoint, or of an
-    architecture that cannot be trained (`check_trainable`).
+    architecture that cannot be trained (`check_trainable`; here also those that their code alone tells).
     """
     if not (Path(model_path) / "config.json").exists():
         raise UserError(
@@ -168,7 +170,9 @@ def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[st
 
 
 def _known(model: Any) -> Any:
-    """The model, if it has an output layer."""
+    """The model, if it has an output layer and can keep the rows of a pack apart by their position ids."""
     if model.get_output_embeddings() is None:
         raise UserError(f"model {model.name_or_path}: no output layer; a causal language model is needed.")
+    if model._is_stateful or "position_ids" not in signature(model.get_decoder().forward).parameters:
+        raise UserError(f"model {model.name_or_path}: packed rows of a {type(model).__name__} would see each other. Take another.")
     return model

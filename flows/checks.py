@@ -1,4 +1,4 @@
-"""What would be found out hours later, checked before anything starts. A mistake raises UserError that says what to change."""
+"""What would be found out hours later, checked before work on it begins. A mistake raises UserError that says what to change."""
 
 import time
 from collections.abc import Iterable

@@ -104,7 +104,7 @@ def rl_loop(config: dict[str, Any]) -> None:
             found = alarms([*log.lines, metrics])
             log.append(metrics | ({"alarms": [[alarm.name, alarm.text] for alarm in found]} if found else {}))
             if found and settings.alarm == "stop":
-                raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop)")
+                raise Diverged(f"RL step {step}: {found[0].text} (rl.alarm: stop; with `say` the run goes on from its rollouts)")
         due = (step + 1) % settings.save_every_steps == 0 and step + 1 < settings.steps  # what follows the last step is the export
         state = {"step": step + 1, "kl": kl, "groups": rollouts.groups}
         saving = report(metrics, engine, state, _log(job).parent, FILES) if due else 0.0

@@ -86,11 +86,13 @@ def test_a_planted_reward_trips_its_alarm(policy: Pool, tmp_path: Path, name: st
 
 
 def test_an_alarm_ends_the_run_where_that_is_asked_for(policy: Pool, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"RL step \d+: answer_tokens .*: it collapses \(rl.alarm: stop\)"):
+    with pytest.raises(Diverged, match=r"RL step \d+: answer_tokens .*: it collapses \(rl.alarm: stop; with `say` the run goes on"):
         trained(policy, tmp_path, minus_length, alarm="stop")
     lines = lines_of(tmp_path)
     assert len(lines) < STEPS and [bool(line.get("alarms")) for line in lines] == [False] * (len(lines) - 1) + [True]
     assert not (tmp_path / "model").exists()
+    again = trained(policy, tmp_path, minus_length)
+    assert len(again) == STEPS and ["rollout_seconds" in line for line in again].index(True) == len(lines), "no rollout is drawn twice"
 
 
 def test_the_rules_trip_no_alarm_and_are_followed_better_than_before(policy: Pool, tmp_path: Path) -> None:
