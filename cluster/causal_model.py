@@ -7,7 +7,6 @@ computed for some hundred predictions at a time, of which only the scores stay; 
 import socket
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,10 +100,11 @@ def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenSco
     logp = F.log_softmax(scaled, -1).gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
         shifted = scaled - scaled.amax(-1, keepdim=True)
+        top = (shifted.gather(-1, targets[:, None]).squeeze(-1) >= 0).float()
         odds = shifted.exp()
         total = odds.sum(-1, keepdim=True)
-        entropy = (total.log() - (odds * shifted).nan_to_num().sum(-1, keepdim=True) / total).squeeze(-1)
-        top = (shifted.gather(-1, targets[:, None]).squeeze(-1) >= 0).float()
+        mean = shifted.mul_(odds).nan_to_num_().sum(-1, keepdim=True) / total
+        entropy = (total.log() - mean).squeeze(-1)
     return TokenScores(logp, entropy, top)
 
 
@@ -113,7 +113,7 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
 
     With ZeRO-3 settings no rank ever holds all of it. Dropout is off: what draws and what learns are one policy. On a GPU, packed rows
     attend one by one, and layers are compiled if the configuration says so. Raises UserError when `model_path` is no checkpoint, or of an
-    architecture that cannot be trained (`check_trainable`; here also those that their code alone tells).
+    architecture that cannot be trained (`check_trainable`).
     """
     if not (Path(model_path) / "config.json").exists():
         raise UserError(
@@ -149,13 +149,13 @@ def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[st
         if name.endswith(("dropout", "pdrop", "layerdrop")) and value:
             setattr(text_config, name, 0.0)
     if zero3_settings is None:
-        return _known(AutoModelForCausalLM.from_pretrained(model_path, config=model_config, dtype=dtype))
+        return AutoModelForCausalLM.from_pretrained(model_path, config=model_config, dtype=dtype)
     from accelerate import init_empty_weights
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards while it loads for as long as this object lives
     sharding = HfDeepSpeedConfig(zero3_settings)
-    model = _known(AutoModelForCausalLM.from_pretrained(model_path, config=model_config, dtype=dtype))
+    model = AutoModelForCausalLM.from_pretrained(model_path, config=model_config, dtype=dtype)
     del sharding
     # DeepSpeed creates every tensor of a sharded model in the training dtype: rotary frequencies in bfloat16 are off by up to
     # 0.4 %, which moves distant tokens. The computed buffers come from a model that has nothing else.
@@ -166,13 +166,4 @@ def _pretrained(model_path: str, config: TrainingConfig, zero3_settings: dict[st
         if name not in stored:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    return model
-
-
-def _known(model: Any) -> Any:
-    """The model, if it has an output layer and can keep the rows of a pack apart by their position ids."""
-    if model.get_output_embeddings() is None:
-        raise UserError(f"model {model.name_or_path}: no output layer; a causal language model is needed.")
-    if model._is_stateful or "position_ids" not in signature(model.get_decoder().forward).parameters:
-        raise UserError(f"model {model.name_or_path}: packed rows of a {type(model).__name__} would see each other. Take another.")
     return model

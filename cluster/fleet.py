@@ -2,8 +2,8 @@
 
 A fleet keeps several shards in flight per engine so that none drains, and hands finished shards to the caller, who may answer with
 more: the shards of a next stage, for the same engines or for others. An engine that dies loses
-nothing: Ray starts it again, and its shards are run again, one at a time, to find out whether one of them kills engines. A shard that does
-is split until the row is found; the stage then gives that row up, and the rest goes on. The loss of a machine speaks against no shard.
+nothing: Ray starts it again, and its shards are run again, one at a time, to find out whether one of them kills engines (`suspects`). The
+stage gives up the row that does, and the rest goes on.
 """
 
 import logging
@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,16 +21,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from cluster.actor import Weights
 from cluster.errors import SpecmillError, UserError
 from cluster.serving import Usage
+from cluster.suspects import MAX_DEATHS, MAX_LOSSES, Suspects, Work
 
 ShardT = TypeVar("ShardT")
 ResultT = TypeVar("ResultT")
 
-MAX_DEATHS = 3
-"""A shard that cannot be cut may be in so many engines that die, and an engine may die so often while it starts."""
-MAX_LOSSES = 12
-"""The same of a shard where machines were lost, and of an engine that finishes no shard."""
-NOTICE_SECONDS = 20.0
-"""Ray may need so long to notice that a machine is gone, whose processes' end it tells at once."""
 TICK_SECONDS = 1.0
 DEATHS = (RayActorError, OutOfMemoryError)
 """How Ray says that an actor's process has ended: by itself, with its machine, or because the machine had no memory left."""
@@ -69,18 +64,6 @@ class Done(Generic[ShardT, ResultT]):
     """Number of the engine in its fleet."""
 
 
-@dataclass
-class _Work:
-    """A shard; of the engines that died with it in them, the nodes, and of the last one, when and why."""
-
-    line: "Line"
-    shard: Any
-    size: int
-    deaths: tuple[str, ...] = ()
-    died_at: float = 0.0
-    reason: str = ""
-
-
 @dataclass(eq=False)
 class _Slot:
     """An engine: what runs on it, or, at first and after its death, the answer that says that it is there."""
@@ -88,7 +71,7 @@ class _Slot:
     number: int
     actor: Any
     node: str = ""
-    running: dict[Any, _Work] = field(default_factory=dict)
+    running: dict[Any, Work] = field(default_factory=dict)
     returning: Any = None
     open: bool = False
     """Whether it takes work: it is there, and does not test a suspect."""
@@ -158,14 +141,14 @@ class Line(Generic[ShardT, ResultT]):
         self.stage, self.fleet = stage, fleet
         self.waiting = 0
         """Requests of the shards that wait."""
-        self._queues: dict[str, deque[_Work]] = {}
+        self._queues: dict[str, deque[Work]] = {}
 
     def add(self, shards: Iterable[ShardT]) -> None:
         """Shards to run after those that wait already."""
         for shard in shards:
             self._put(shard, deque.append)
 
-    def take(self, fleet: Fleet, number: int, limit: int) -> _Work:
+    def take(self, fleet: Fleet, number: int, limit: int) -> Work:
         """The next shard for engine `number`, cut to `limit` requests if it can be: towards the end all engines share what is left."""
         longest_first = sorted(self._queues, key=lambda name: -len(self._queues[name]))
         name = fleet.home(longest_first, number)
@@ -176,11 +159,11 @@ class Line(Generic[ShardT, ResultT]):
         while work.size > limit and self.stage.split and len(parts := self.stage.split(work.shard)) > 1:
             for part in reversed(parts[1:]):
                 self._put(part, deque.appendleft)
-            work = _Work(self, parts[0], self.stage.size(parts[0]))
+            work = Work(self, parts[0], self.stage.size(parts[0]))
         return work
 
-    def _put(self, shard: ShardT, put: Callable[[deque[_Work], _Work], None]) -> None:
-        work = _Work(self, shard, self.stage.size(shard))
+    def _put(self, shard: ShardT, put: Callable[[deque[Work], Work], None]) -> None:
+        work = Work(self, shard, self.stage.size(shard))
         self.waiting += work.size
         put(self._queues.setdefault(self.stage.prefix(shard), deque()), work)
 
@@ -197,16 +180,6 @@ def portion(capacity: int, engines: int, waiting: int, can_be_cut: bool) -> tupl
     return capacity + max(least, min(capacity, share)), max(least, share // 2)
 
 
-def to_blame(deaths: Sequence[str], seconds: float, there: Collection[str]) -> bool | None:
-    """Whether a shard that cannot be cut is to blame for the deaths of the engines that it was in, or their machines were lost.
-
-    None while Ray may not know yet. `deaths`: their nodes; `seconds`: since the last one; `there`: the nodes that are there now.
-    """
-    if sum(node in there for node in deaths) < MAX_DEATHS and len(deaths) < MAX_LOSSES:
-        return False
-    return True if seconds >= NOTICE_SECONDS or len(there) == 1 else None
-
-
 class _Feeder:
     """Feeds one fleet from the lines that want it, the first ones first."""
 
@@ -215,12 +188,11 @@ class _Feeder:
         self.pending: dict[Any, _Slot] = {}
         """Answers that are waited for, and from whom."""
         self.slots = [_Slot(number, actor) for number, actor in enumerate(fleet.actors)]
-        self.suspects: deque[_Work] = deque()
-        """Shards that were in an engine that died."""
-        self.accused: list[_Work] = []
-        """Suspects that cannot be cut and were there at the death of MAX_DEATHS engines."""
+        self.suspects = Suspects()
         self._there = time.monotonic()
         """When an engine was last seen to be there."""
+        self._finished = 0.0
+        """When a shard was last finished."""
         for slot in self.slots:
             self._await(slot)
         # The first to answer is not handed all of a small work while the others are about to answer.
@@ -229,7 +201,7 @@ class _Feeder:
     @property
     def busy(self) -> bool:
         """Whether something is under way or in doubt."""
-        return bool(self.suspects or self.accused) or any(slot.running for slot in self.slots)
+        return bool(self.suspects) or any(slot.running for slot in self.slots)
 
     @property
     def full(self) -> bool:
@@ -239,20 +211,31 @@ class _Feeder:
     def fill(self, lines: Sequence[Line], waiting: int) -> None:
         """Hands out work until every engine has its portion. `waiting`: requests of all lines.
 
-        A suspect gets an engine for itself: first of all that one, back and empty, in which it was.
+        A suspect gets an engine for itself: first of all that one, back and empty, in which it was. One that has died again and again works
+        on something else in between, which shows whether it is the engine.
         """
-        for slot in self.slots if self.suspects else ():
-            if self.suspects and slot.open and not slot.running:
-                self._start(slot, self.suspects.popleft())
+        for slot in self.slots:
+            if self.suspects.waiting and slot.open and not slot.running:
+                line = next((line for line in lines if line.waiting), None) if slot.deaths >= MAX_DEATHS else None
+                if line:
+                    self._start(slot, self._taken(line, slot, waiting), alone=True)
+                else:
+                    self._start(slot, self.suspects.take(), alone=True)
         while line := next((line for line in lines if line.waiting), None):
-            limit, piece = portion(self.fleet.capacity, len(self.slots), waiting, line.stage.split is not None)
+            limit, _ = self._portion(line, waiting)
             able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < limit)]
             if not able:
                 return
             slot = min(able, key=lambda slot: slot.load)
-            work = line.take(self.fleet, slot.number, piece)
+            work = self._taken(line, slot, waiting)
             waiting -= work.size
             self._start(slot, work)
+
+    def _portion(self, line: Line, waiting: int) -> tuple[int, int]:
+        return portion(self.fleet.capacity, len(self.slots), waiting, line.stage.split is not None)
+
+    def _taken(self, line: Line, slot: _Slot, waiting: int) -> Work:
+        return line.take(self.fleet, slot.number, self._portion(line, waiting)[1])
 
     def check(self) -> None:
         """Raises SpecmillError when no engine was there for longer than one may take to start: Ray tries it for ever."""
@@ -279,13 +262,13 @@ class _Feeder:
             self._bury(slot, last_line(error))
             return
         work = slot.running.pop(ready)
-        slot.load, slot.open, slot.deaths = slot.load - work.size, True, 0
+        slot.load, slot.open, slot.deaths, self._finished = slot.load - work.size, True, 0, time.monotonic()
         yield Done(work.line, work.shard, result, usage, slot.number)
 
-    def _start(self, slot: _Slot, work: _Work) -> None:
+    def _start(self, slot: _Slot, work: Work, alone: bool = False) -> None:
         ref = slot.actor.run.remote(work.line.stage.run, work.shard, self.fleet.weights)
         slot.running[ref], self.pending[ref] = work, slot
-        slot.load, slot.open = slot.load + work.size, not work.deaths
+        slot.load, slot.open = slot.load + work.size, not alone
 
     def _await(self, slot: _Slot) -> None:
         slot.returning, slot.open, slot.load = slot.actor.ready.remote(self.fleet.weights), False, 0
@@ -307,7 +290,7 @@ class _Feeder:
             logger.warning("engine %d of %d is left out: %s", slot.number + 1, len(self.slots), error)
 
     def _bury(self, slot: _Slot, reason: str) -> None:
-        """After the death of an engine: its shards are suspects; one that was alone in it is split, or accused at last."""
+        """After the death of an engine: its shards are suspects."""
         dead = list(slot.running.values())
         for ref in slot.running:
             self.pending.pop(ref, None)
@@ -316,39 +299,16 @@ class _Feeder:
         if slot.deaths > MAX_LOSSES:
             raise SpecmillError(f"an engine died {slot.deaths} times without finishing a shard: {reason}")
         self._await(slot)
-        for work in dead:
-            work.deaths, work.died_at, work.reason = (*work.deaths, slot.node), time.monotonic(), reason
-        if len(dead) > 1 or len(dead[0].deaths) < 2:
-            self.suspects.extend(dead)
-            return
-        (work,) = dead
-        stage = work.line.stage
-        parts = stage.split(work.shard) if stage.split else [work.shard]
-        if len(parts) > 1:
-            self.suspects.extend(_Work(work.line, part, stage.size(part), (slot.node,)) for part in parts)
-        else:
-            (self.suspects if len(work.deaths) < MAX_DEATHS else self.accused).append(work)
+        self.suspects.add(dead, slot.number, slot.node, reason)
 
-    def judge(self) -> Iterator[Done]:
-        """Gives the accused up, unless it turns out that engines died because their machines were lost: those may try again.
-
-        Raises SpecmillError where the stage gives nothing up.
-        """
-        if not self.accused:
-            return
-        there, now = {node["NodeID"] for node in ray.nodes() if node["Alive"]}, time.monotonic()
-        for work in self.accused.copy():
-            guilty = to_blame(work.deaths, now - work.died_at, there)
-            if guilty is None:
-                continue
-            self.accused.remove(work)
-            if not guilty:
-                self.suspects.append(work)
-                continue
+    def give_up(self, waiting: int) -> Iterator[Done]:
+        """Gives up what is to blame; SpecmillError where the stage gives nothing up. `waiting`: requests of the lines of this fleet."""
+        others = waiting or any(not work.deaths for slot in self.slots for work in slot.running.values())
+        for work in self.suspects.guilty(self._finished if others else math.inf):
             told, give_up = f"killed its engine {len(work.deaths)} times: {work.reason}", work.line.stage.give_up
             if give_up is None:
                 raise SpecmillError(f"a shard {told}")
-            yield Done(work.line, work.shard, give_up(work.shard, f"it {told}"), Usage(), 0)
+            yield Done(work.line, work.shard, give_up(work.shard, f"it {told}"), Usage(), work.engine)
 
 
 def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> Iterator[Done]:
@@ -365,8 +325,9 @@ def run(lines: Sequence[Line], tick: Callable[[bool], None] | None = None) -> It
             return
         for feeder in feeders.values():
             feeder.check()
-            yield from feeder.judge()
-            feeder.fill([line for line in lines if line.waiting and line.fleet() is feeder.fleet], waiting)
+            wanting = [line for line in lines if line.waiting and line.fleet() is feeder.fleet]
+            yield from feeder.give_up(sum(line.waiting for line in wanting))
+            feeder.fill(wanting, waiting)
         pending = [ref for feeder in feeders.values() for ref in feeder.pending]
         if tick:
             tick(all(feeder.full for feeder in feeders.values()))

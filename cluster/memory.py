@@ -4,11 +4,14 @@ Estimates in GiB; 0 for what works on GPUs, on a server elsewhere, on a cluster 
 """
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from cluster.engine import EngineConfig
+from cluster.errors import UserError
 from cluster.models import Model, weight_count
 from cluster.training_config import TrainingConfig, WorkersConfig
 
@@ -16,11 +19,22 @@ ENGINE_GIB = 1.5
 """Memory of a CPU engine beside weights and KV cache: two Python processes with torch (measured: 1.3 GiB)."""
 RANK_GIB = 1.0
 """Memory of a rank beside its model: a Python process with torch, Ray and DeepSpeed."""
+END_SECONDS = 5
+"""How long the memory of engines that are ended may take to be free."""
 
 
 def free_gib() -> float:
     """Memory that is free, or would be if it were asked for."""
     return psutil.virtual_memory().available / 2**30
+
+
+def require_free(gib: float, told: Callable[[float], str]) -> None:
+    """Raises UserError, with what `told` makes of the free memory, when there is less; what is ending gets seconds to free its own."""
+    deadline = time.monotonic() + END_SECONDS
+    while (free := free_gib()) < gib:
+        if time.monotonic() > deadline:
+            raise UserError(told(free))
+        time.sleep(0.2)
 
 
 def engines_gib(config: EngineConfig, model: Model) -> float:
@@ -51,7 +65,7 @@ def _batch_gib(model_path: str, training: TrainingConfig) -> float:
     """What a rank holds between the forward and the backward pass of a micro-batch.
 
     17 numbers a token and hidden unit in each layer (Korthikanti et al., arXiv 2205.05198, section 4.1; attention writes no scores), or one
-    and a layer's, if layers are computed again; and logits in float32, their softmax and gradient.
+    and a layer's, if layers are computed again; and five times the logits in float32 (`cluster.causal_model.score`).
     """
     from transformers import AutoConfig
 
@@ -59,4 +73,4 @@ def _batch_gib(model_path: str, training: TrainingConfig) -> float:
     layers, tokens = config.num_hidden_layers, training.micro_batch_tokens
     numbers = 17 + layers if training.gradient_checkpointing else 17 * layers
     hidden = tokens * config.hidden_size * numbers * (4 if training.dtype == "float32" else 2)
-    return (hidden + 3 * 4 * min(tokens, training.logit_tokens) * config.vocab_size) / 2**30
+    return (hidden + 5 * 4 * min(tokens, training.logit_tokens) * config.vocab_size) / 2**30

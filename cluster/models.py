@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 from cluster.errors import UserError
@@ -51,19 +52,30 @@ def check_trainable(path: str) -> None:
     """Raises UserError for an architecture that training would get wrong without a word.
 
     Such as do more to their logits than to multiply by the output layer, and such as have layers to which a packed row is not what it is
-    alone: a state runs from one row into the next, or chunks are counted from the beginning of the pack.
+    alone: a state runs from one row into the next, positions are counted from the beginning of the pack, or chunks are.
     """
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        whole = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model {path}: transformers cannot read its config.json: {str(error).splitlines()[0]}") from error
+    config = whole.get_text_config()
     added = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)]
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
     if mixed := sorted({*(getattr(config, "layer_types", None) or ())} - ROWS_APART):
         raise UserError(f"model {path}: to layers of the type {', '.join(mixed)} a packed row is not what it is alone. Take another.")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(whole)
+    except ValueError as error:
+        raise UserError(f"model {path}: transformers knows it as no causal language model: {str(error).splitlines()[0]}") from error
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model {path}: no output layer; a causal language model is needed.")
+    if model._is_stateful or "position_ids" not in signature(model.get_decoder().forward).parameters:
+        raise UserError(f"model {path}: packed rows of a {type(model).__name__} would see each other. Take another.")
 
 
 def weight_count(path: str) -> int:

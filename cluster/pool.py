@@ -15,13 +15,11 @@ from cluster.engine import EngineConfig
 from cluster.errors import SpecmillError, UserError
 from cluster.fake_engine import fake_model
 from cluster.fleet import Done, Fleet, ResultT, ShardT, Stage, answer
-from cluster.memory import engines_gib, free_gib
+from cluster.memory import engines_gib, require_free
 from cluster.models import Model, resolve_model
 from cluster.openai_engine import endpoint_key, endpoint_model
 from cluster.vllm_engine import environment
 
-END_SECONDS = 5
-"""How long the memory of engines that are ended may take to be free."""
 RELEASE_SECONDS = 30
 """How long Ray may take to notice that engines which have ended left room for others."""
 
@@ -88,14 +86,14 @@ class Pool:
 
     def check_memory(self) -> None:
         """Raises UserError when CPU engines do not fit in this machine's free memory; others that are ending get seconds to free it."""
-        need, deadline = self.memory_gib, time.monotonic() + END_SECONDS
-        while need > (free := free_gib()):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "
-                    "Lower `engines` or `kv_cache_gib`, or take a smaller model."
-                )
-            time.sleep(0.2)
+        need = self.memory_gib
+        require_free(
+            need,
+            lambda free: (
+                f"{self.config.engines} engines of {self.config.model} need about {need:.1f} GiB, {free:.1f} GiB are free. "
+                "Lower `engines` or `kv_cache_gib`, or take a smaller model."
+            ),
+        )
 
     def check_key(self) -> None:
         """Raises UserError when the key of an endpoint is not in this process's environment; of a cluster's nodes it knows nothing."""

@@ -85,7 +85,7 @@ class Served:
                         raise SpecmillError(f"{told}. What is made is kept.") from None
                 pause = error.pause if isinstance(error, Busy) else 0.0
             except ValueError as error:
-                if await self._refuses_all(sampling, usage):
+                if await self._refuses_all(sampling, usage, asked):
                     raise SpecmillError(f"{error}. A request of one word is not answered either. What is made is kept.") from None
                 raise
             else:
@@ -109,12 +109,16 @@ class Served:
                     self._silent_at = self._refused_at = time.monotonic()
             return self._given_at > since
 
-    async def _refuses_all(self, sampling: Sampling, usage: Usage) -> bool:
-        """Whether what was refused just now is not to blame: from now on the engine refuses one word, too, or answers nobody."""
-        since = time.monotonic()
-        while time.monotonic() - since <= self.config.request_seconds:
+    async def _refuses_all(self, sampling: Sampling, usage: Usage, asked: float) -> bool:
+        """Whether what was asked then and refused now is not to blame: from now on the engine refuses one word, too, or answers nobody.
+
+        An engine of our own begins at once, or never: of it, an answer shortly before says as much.
+        """
+        now = time.monotonic()
+        since = now if self.config.remote else asked - LONGEST_PAUSE
+        while time.monotonic() - now <= self.config.request_seconds:
             answers = await self._answers(sampling, usage, since)
-            if self._refused_at > since - LONGEST_PAUSE:
+            if self._refused_at > now - LONGEST_PAUSE:
                 return True
             if answers:
                 return False

@@ -88,7 +88,7 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(
         False,
         title="Compile",
-        description="ZeRO 0 to 2 on GPUs: fuse a layer's small operations; the first steps take a minute more, the others less.",
+        description="ZeRO 0 to 2 on GPUs: fuse a layer's small operations; the first step takes up to a minute, the others less.",
     )
     seed: int = Field(0, title="Seed", description="Seeds adapter initialisation and the order of the data.")
 

@@ -1,14 +1,13 @@
 """What would be found out hours later, checked before work on it begins. A mistake raises UserError that says what to change."""
 
-import time
 from collections.abc import Iterable
 
 from cluster.chat import chat_of
 from cluster.engine import EngineConfig
 from cluster.errors import UserError
-from cluster.memory import free_gib
+from cluster.memory import require_free
 from cluster.models import check_trainable
-from cluster.pool import END_SECONDS, Pool
+from cluster.pool import Pool
 from cluster.session import cluster_gpus
 from flows.workspace import Workspace
 from tasks.compose import plain_turns
@@ -117,32 +116,31 @@ def check_gpus(run: Workspace) -> None:
             )
 
 
-def check_memory(run: Workspace) -> None:
-    """Of making data and, in the first round of a run that trains, of all that follows. Raises UserError; see `check_room`."""
+def check_memory(run: Workspace, draws: bool) -> None:
+    """Of making data and, in the first round of a run that trains, of all that follows: raises UserError as `check_room` does.
+
+    `draws`: whether completions are to be drawn, not judged alone.
+    """
     config, drawing, judging = run.config, {"generate.engine": run.generator}, {"judge.engine": run.judge}
     later_rounds = run.trains and config.rounds > 1  # those have a generator apart
-    if config.judge.overlap and (run.judge is not run.generator or later_rounds):
-        check_room("generate and judge", drawing | judging)
+    if draws and config.judge.overlap and (run.judge is not run.generator or later_rounds):
+        check_room(run, "generate and judge", drawing | judging)
     else:
-        check_room("generate", drawing)
-        check_room("judge", judging)
+        check_room(run, "generate", drawing if draws else {})
+        check_room(run, "judge", judging)
     if run.trains and run.round == 1:
         for name in config.train:
-            check_room(name, run.beside(name), run.ranks_gib(name))
-        check_room("evaluate", {"evaluate.engine": run.policy_engine} | judging)
+            check_room(run, name, run.beside(name), run.ranks_gib(name))
+        check_room(run, "evaluate", {"evaluate.engine": run.policy_engine} | judging)
 
 
-def check_room(moment: str, pools: dict[str, Pool], ranks_gib: float = 0.0) -> None:
+def check_room(run: Workspace, moment: str, pools: dict[str, Pool], ranks_gib: float = 0.0) -> None:
     """Raises UserError when engines, by their place in the run file, and ranks that work on this machine's CPUs at the same time do not fit
-    in its free memory. Engines that are there already have theirs; others that are ending get seconds to free it."""
+    in its free memory. Engines that are there already have theirs."""
     parts = {place: pool.memory_gib for place, pool in pools.items() if not pool.started}
     if ranks_gib:
         parts[f"{moment}.ranks"] = ranks_gib
-    deadline = time.monotonic() + END_SECONDS
-    while (free := free_gib()) < sum(parts.values()):
-        if time.monotonic() > deadline:
-            raise UserError(_too_much(moment, parts, free))
-        time.sleep(0.2)
+    require_free(sum(parts.values()), lambda free: f"{run.file}: {_too_much(moment, parts, free)}")
 
 
 def _too_much(moment: str, parts: dict[str, float], free: float) -> str:

@@ -44,7 +44,7 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     store.check_writable()
     with said_of(request.file):
         prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
-        workspace = _with_pools(config, policy, prompts, store, trains)
+        workspace = _with_pools(request.file, config, policy, prompts, store, trains)
         check_data(workspace)
         if trains:
             check_training(workspace)
@@ -60,7 +60,7 @@ def said_of(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from error
 
 
-def _with_pools(config: RunConfig, policy: Policy, prompts: PromptSet, store: Store, trains: bool) -> Workspace:
+def _with_pools(file: str, config: RunConfig, policy: Policy, prompts: PromptSet, store: Store, trains: bool) -> Workspace:
     """The workspace and its pools of engines, whose models are there. Raises UserError."""
     generator = Pool(config.generate.engine)
     judge = generator if config.judge.engine == config.generate.engine else Pool(config.judge.engine)
@@ -75,7 +75,7 @@ def _with_pools(config: RunConfig, policy: Policy, prompts: PromptSet, store: St
                 pool.model  # noqa: B018  (raises when there is no such model)
     if config.generate.engine.backend == "vllm" and policy_engine.model != generator.model:
         raise UserError("evaluate.engine.model: has to be the generator's model; its weights are replaced by each checkpoint's.")
-    return Workspace(config, policy, prompts, store, generator, judge, policy_engine, trains, held_out)
+    return Workspace(config, policy, prompts, store, generator, judge, policy_engine, file, trains, held_out)
 
 
 def _open(request: RunRequest, trains: bool, stack: ExitStack) -> Workspace:

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cluster.models import weights_digest
-from flows.checks import check_memory
+from flows.checks import check_memory, check_room
 from flows.lines import Lines
 from flows.workspace import Workspace, survey
 from tasks import complete, evaluate, judge
@@ -37,7 +37,7 @@ def complete_and_judge_step(run: Workspace) -> None:
         lines = Lines(run, drawn, judged)
         with lines.claimed():
             if lines.waiting:
-                check_memory(run)
+                check_memory(run, draws=bool(lines.drawing.waiting))
             if run.judge is run.generator or run.config.judge.overlap:
                 lines.work_together()
             else:
@@ -83,6 +83,7 @@ def evaluate_step(run: Workspace, checkpoint: Checkpoint, split: Split = "eval")
 
     def make() -> Evaluation:
         run.make_room(run.policy_engine, run.judge)
+        check_room(run, "evaluate", {"evaluate.engine": run.policy_engine, "judge.engine": run.judge})
         run.start(run.policy_engine)
         run.start(run.judge)
         subject = run.policy_engine.fleet()

@@ -165,7 +165,7 @@ def _trained(
         path = ckpt.directory(run.store, id)
         path.mkdir(parents=True, exist_ok=True)
         run.make_room(*run.beside(kind).values(), gib=run.ranks_gib(kind), gpus=config.gpus_per_rank > 0)
-        check_room(kind, run.beside(kind), run.ranks_gib(kind))
+        check_room(run, kind, run.beside(kind), run.ranks_gib(kind))
         say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")
         metrics, origin = train(id, path)
         if start.path is None:

@@ -36,6 +36,8 @@ class Workspace:
     generator: Pool
     judge: Pool
     policy_engine: Pool
+    file: str = ""
+    """The run file, for messages."""
     trains: bool = True
     """Whether checkpoints will be written."""
     held_out: Pool | None = None
@@ -61,7 +63,6 @@ class Workspace:
                 pool.close()
         self.round, self.dataset = number, None
         self.generator = self.engines.enter_context(Pool(self.config.generate.engine, model=checkpoint.model))
-        self.generator.check_memory()
 
     def label(self, name: str) -> str:
         """The name of a stage or a checkpoint, with the number of the round if it is not the first."""

@@ -80,31 +80,42 @@ def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, mo
         prepare(run_with(tmp_path, model))
 
 
+@pytest.mark.parametrize(("kind", "name"), [("bloom", "Bloom"), ("rwkv", "Rwkv")])
+def test_a_model_that_reads_no_positions(tmp_path: Path, model: Path, kind: str, name: str) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, vocab_size=32, hidden_size=16, num_hidden_layers=2).save_pretrained(model)
+    with pytest.raises(UserError, match=f"packed rows of a {name}ForCausalLM would see each other"):
+        prepare(run_with(tmp_path, model))
+
+
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is ending whose memory would be waited for."""
-    monkeypatch.setattr("flows.checks.END_SECONDS", 0)
+    monkeypatch.setattr("cluster.memory.END_SECONDS", 0)
 
 
 def test_too_little_memory_for_the_engines(tmp_path: Path, model: Path, no_patience: None) -> None:
     engine = {"model": str(model), "dtype": "float32", "engines": 1, "kv_cache_gib": 9000}
-    with pytest.raises(UserError, match=r"generate: needs about 900\d\.\d GiB .* for generate.engine\), .*lower .*`kv_cache_gib`"):
-        check_memory(prepare(run_with(tmp_path, model, generate={"engine": engine}, judge={"engine": engine})))
+    with pytest.raises(
+        UserError, match=r"run.yaml: generate: needs about 900\d\.\d GiB .* for generate.engine\), .*lower .*`kv_cache_gib`"
+    ):
+        check_memory(prepare(run_with(tmp_path, model, generate={"engine": engine}, judge={"engine": engine})), draws=True)
 
 
 def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path, no_patience: None) -> None:
     with pytest.raises(UserError, match=r"sft: needs about .* for sft.ranks\), .* GiB are free.*lower `ranks` or train adapters"):
-        check_memory(prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000})))
+        check_memory(prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000})), draws=True)
 
 
 def test_too_little_memory_for_the_ranks_and_the_engines_beside_them(
     tmp_path: Path, model: Path, no_patience: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.checks.free_gib", lambda: 4.5)
-    check_memory(prepare(run_with(tmp_path, model, train=["sft"])))
-    parts = r"\(2\.\d+ for evaluate.engine, 1\.\d+ for judge.engine, 1\.\d+ for rl.ranks\)"
+    monkeypatch.setattr("cluster.memory.free_gib", lambda: 4.5)
+    check_memory(prepare(run_with(tmp_path, model, train=["sft"])), draws=True)
+    parts = r"\(2\.\d+ for evaluate.engine, 1\.\d+ for judge.engine, 2\.\d+ for rl.ranks\)"
     with pytest.raises(UserError, match=rf"rl: needs about \d\.\d GiB at the same time {parts}, 4.5 GiB are free"):
-        check_memory(prepare(run_with(tmp_path, model, train=["sft", "rl"])))
+        check_memory(prepare(run_with(tmp_path, model, train=["sft", "rl"])), draws=True)
 
 
 def test_a_development_split_in_which_no_refusal_would_be_one_too_many(tmp_path: Path, model: Path) -> None:

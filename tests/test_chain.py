@@ -309,7 +309,7 @@ def test_a_second_start_reuses_everything_without_an_engine(chain: dict[str, Any
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(Pool, "fleet", refuse)
-    monkeypatch.setattr("flows.checks.free_gib", lambda: 0.0)  # nor needs memory what starts none
+    monkeypatch.setattr("cluster.memory.free_gib", lambda: 0.0)  # nor needs memory what starts none
     counts = again(run_file)
     assert counts["complete"]["made"] == counts["judge"]["made"] == counts["sft"]["trained"] == counts["rl"]["trained"] == 0
     assert all(counts[f"eval-{name}"]["reused"] for name in ("base", "sft", "rl"))

@@ -128,7 +128,7 @@ def test_engines_end_where_ranks_have_no_room_beside_them_but_for_those_that_tra
     pools = [Pool(EngineConfig(backend="fake", fake=FakeConfig(seed=number))) for number in range(3)]
     run = Workspace(None, None, None, None, *pools)  # type: ignore[arg-type]
     monkeypatch.setattr(Pool, "memory_gib", 2.0)
-    monkeypatch.setattr("cluster.pool.free_gib", lambda: 6.0)
+    monkeypatch.setattr("cluster.memory.free_gib", lambda: 6.0)
     monkeypatch.setattr("flows.workspace.free_gib", lambda: 3.0)
     run.generator.fleet()
     run.make_room(run.judge, gib=1.0)

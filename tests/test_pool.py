@@ -1,7 +1,9 @@
 """How work is handed out: prefixes stay with an engine, idle engines help, and the end of the work is shared."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 
 from cluster.engine import EngineConfig
 from cluster.errors import UserError
-from cluster.fleet import Done, Fleet, Line, Stage, portion, to_blame
+from cluster.fleet import Done, Fleet, Line, Stage, portion
 from cluster.pool import Pool
 from cluster.serving import Usage
+from cluster.suspects import Suspects, Work, to_blame
 from tasks import work
 from tasks.work import Pairs
 
@@ -61,13 +64,30 @@ def test_a_shard_is_to_blame_for_deaths_on_machines_that_are_still_there() -> No
     assert to_blame(["gone"] * 12, 60, nodes) is True, "a shard may take machines down, too"
 
 
+def test_suspects_are_run_alone_and_the_row_that_kills_is_soon_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight rows the sixth kills; of a shard beside it nothing does."""
+    monkeypatch.setattr("cluster.suspects.ray", SimpleNamespace(nodes=lambda: [{"NodeID": "head", "Alive": True}]))
+    halves = replace(TEXT, split=lambda rows: [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [rows])
+    suspects, line, alone = Suspects(), SimpleNamespace(stage=halves), []
+    suspects.add([Work(line, "12345678", 8), Work(line, "ab", 2)], 0, "head", "died")
+    while suspects.waiting:
+        work = suspects.take()
+        alone.append(work.shard)
+        if "6" in work.shard:
+            suspects.add([work], 0, "head", "died")
+    assert alone == ["12345678", "1234", "5678", "56", "5", "6", "6", "78", "ab"]
+    assert not suspects.guilty(finished=0.0), "nothing was finished since: it may be the engine"
+    (guilty,) = suspects.guilty(finished=math.inf)
+    assert (guilty.shard, len(guilty.deaths)) == ("6", 3) and not suspects
+
+
 def test_engines_that_are_ending_get_time_to_free_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, free = Pool(EngineConfig(backend="fake")), iter([1.0, 1.0, 3.0])
     monkeypatch.setattr(Pool, "memory_gib", 2.0)
-    monkeypatch.setattr("cluster.pool.free_gib", lambda: next(free))
+    monkeypatch.setattr("cluster.memory.free_gib", lambda: next(free))
     pool.check_memory()
-    monkeypatch.setattr("cluster.pool.END_SECONDS", 0)
-    monkeypatch.setattr("cluster.pool.free_gib", lambda: 1.0)
+    monkeypatch.setattr("cluster.memory.END_SECONDS", 0)
+    monkeypatch.setattr("cluster.memory.free_gib", lambda: 1.0)
     with pytest.raises(UserError, match=r"need about 2.0 GiB, 1.0 GiB are free"):
         pool.check_memory()
 

@@ -66,19 +66,6 @@ def test_dropout_is_off(toy: Path, tmp_path: Path) -> None:
     assert not torch.equal(logits_of(load(file.parent).train(), ROWS), logits_of(load(toy), ROWS)), "the model has dropout"
 
 
-@pytest.mark.parametrize("kind", ["bloom", "rwkv"])
-def test_a_model_that_reads_no_positions_is_refused(kind: str, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from cluster.causal_model import load as load_to_train
-
-    sizes = {"bloom": {"n_layer": 1, "n_head": 2}, "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 16}}[kind]
-    config = AutoConfig.for_model(kind, vocab_size=32, hidden_size=16, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"packed rows of a {kind.title()}ForCausalLM would see each other"):
-        load_to_train(str(tmp_path), TrainingConfig())
-
-
 def test_attention_by_rows_refuses_what_it_would_leave_out() -> None:
     none = torch.zeros(1, 1, 1, 8)
     bounds = torch.tensor([0, 1])

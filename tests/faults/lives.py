@@ -19,7 +19,7 @@ import pytest
 import yaml
 from write_sites import FOLDERS, WINDOWS
 
-from cluster import fleet
+from cluster import suspects
 from flows.config import RunRequest
 from flows.inspect import problems
 from flows.opening import prepare
@@ -103,7 +103,7 @@ def life(folder: str, changes: tuple[str, ...]) -> None:
 
 def strict_life(folder: str, changes: tuple[str, ...]) -> None:
     """One run in which a row is accused at the second death of its engine."""
-    fleet.MAX_DEATHS = 2
+    suspects.MAX_DEATHS = 2
     life(folder, changes)
 
 

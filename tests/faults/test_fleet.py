@@ -196,6 +196,21 @@ def test_a_prompt_that_kills_engines_is_found_and_given_up(ray: None) -> None:
     assert "killed its engine" in rows[f"a {POISON} text"]
 
 
+def test_many_that_kill_the_only_engine_are_given_up_and_the_rest_completes(ray: None) -> None:
+    """In between, the engine shows that it lives: so many deaths, one after the other, would end the run."""
+    poisonous = [f"{POISON} {number}" for number in range(5)]
+    rows, _ = echoed([*TEXTS[:40], *poisonous, *TEXTS[40:]], engines=1, die_on=POISON, latency_seconds=0.01)
+    assert [text for text, became in rows.items() if became.startswith("given up")] == poisonous
+
+
+def test_an_engine_that_always_dies_ends_the_run_and_costs_no_row(ray: None) -> None:
+    given_up: list[str] = []
+    stage = replace(ECHO, give_up=lambda shard, reason: given_up.extend(shard.texts) or [])
+    with pytest.raises(SpecmillError, match="an engine died 13 times without finishing a shard"):
+        echoed(TEXTS, engines=1, stage=stage, shard=1, die_on="text")
+    assert not given_up
+
+
 def test_an_engine_that_dies_now_and_then_loses_nothing(ray: None) -> None:
     rows, _ = echoed(TEXTS, die_at=40)
     assert not any(became.startswith("given up") for became in rows.values())
