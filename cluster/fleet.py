@@ -1,9 +1,9 @@
 """Fleets of engine actors, and what feeds them.
 
-A fleet keeps several shards in flight per engine so that none drains, and hands finished shards to the caller, who may answer with more: the
-shards of a next stage, for the same engines or for others. An engine that dies loses nothing: Ray starts it again, and its shards are run
-again, one at a time, to find out whether one of them kills engines (`cluster.suspects`). The stage gives up the row that does, and the rest
-goes on.
+A fleet keeps several shards in flight per engine so that none drains, and hands finished shards to the caller, who may answer with more:
+the shards of a next stage, for the same engines or for others. An engine that dies loses nothing: Ray starts it again, and its shards are
+run again, one at a time, to find out whether one of them kills engines (`cluster.suspects`). The stage gives up the row that does, and
+the rest goes on.
 """
 
 import logging

@@ -80,7 +80,11 @@ def split(ids: Sequence[int], chat: Chat, opened: bool = False) -> Parts | Malfo
         return Malformed("text_before_thought")
     end = [position for position, token in enumerate(ids) if token == chat.end_of_turn and position >= close_end]
     answer_ids = ids[close_end : end[0] if end else len(ids)]
-    return Parts(chat.decode(ids[open_end:close_start]).strip(), chat.decode(answer_ids).strip(), close_end)
+    thought, answer = chat.decode(ids[open_end:close_start]).strip(), chat.decode(answer_ids).strip()
+    # without the special tokens that stood between its pieces, text may spell a marker that the ids do not
+    if CLOSE not in chat.added and any(marker in text for marker in (OPEN, CLOSE) for text in (thought, answer)):
+        return Malformed("several_thoughts")
+    return Parts(thought, answer, close_end)
 
 
 def join(thought: str, answer: str, chat: Chat, opened: bool = False) -> list[int]:

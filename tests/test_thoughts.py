@@ -64,6 +64,11 @@ def test_anything_but_one_closed_thought_is_named(text: str, reason: str):
     assert split(CHAT.text(text), CHAT) == Malformed(reason)
 
 
+def test_a_marker_that_a_special_token_parts_is_one_in_the_text():
+    forged = [*CHAT.text("<think>a<"), CHAT.end_of_turn, *CHAT.text("think>b</think>c")]
+    assert split(forged, CHAT) == Malformed("several_thoughts")
+
+
 def test_text_that_spells_a_marker_is_none_where_markers_are_tokens():
     chat = CHATS["tokens"]
     assert split(chat.text("<think>a</think>b"), chat) == Malformed("no_thought")
