@@ -88,14 +88,13 @@ def test_a_run_says_of_every_step_what_it_drew_learnt_and_took(undisturbed: Path
 
 
 def kill(process_name: str, root: Path, at_lines: int, killed: list[int]) -> None:
-    """Kills a process of a name when the run has so many lines."""
+    """Kills one process of a name when the run has so many lines."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (root / "metrics.jsonl").exists() and (root / "metrics.jsonl").read_text().count("\n") >= at_lines:
-            named = [child for child in psutil.Process().children(recursive=True) if process_name in " ".join(child.cmdline())]
-            killed += [child.pid for child in named]
-            for child in named:
-                os.kill(child.pid, signal.SIGKILL)
+            named = [child.pid for child in psutil.Process().children(recursive=True) if process_name in " ".join(child.cmdline())]
+            killed += named[:1]
+            os.kill(named[0], signal.SIGKILL)
             return
         time.sleep(0.02)
 
@@ -109,6 +108,18 @@ def test_a_killed_rank_and_a_killed_rollout_actor_cost_one_step_at_most(
     killer = threading.Thread(target=kill, args=(process_name, tmp_path, 2, killed))
     killer.start()
     rl.train_rl(job_of(policy, tmp_path, recovery_config()), str(tmp_path))
+    killer.join()
+    assert killed
+    assert_the_same(undisturbed, tmp_path)
+
+
+@pytest.mark.soak
+@on(TOY)
+def test_the_death_of_one_of_two_ranks_costs_one_step_at_most(undisturbed: Path, policy: Pool, tmp_path: Path) -> None:
+    killed: list[int] = []
+    killer = threading.Thread(target=kill, args=("RayTrainWorker", tmp_path, 2, killed))
+    killer.start()
+    rl.train_rl(job_of(policy, tmp_path, recovery_config(ranks=2)), str(tmp_path))
     killer.join()
     assert killed
     assert_the_same(undisturbed, tmp_path)
