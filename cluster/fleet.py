@@ -74,7 +74,7 @@ class _Slot:
     running: dict[Any, Work] = field(default_factory=dict)
     returning: Any = None
     open: bool = False
-    """Whether it takes work: it is there, and does not test a suspect."""
+    """Whether it takes work: it is there, and none of its work has to be alone in it."""
     load: int = 0
     """Requests in flight."""
     deaths: int = 0
@@ -217,10 +217,7 @@ class _Feeder:
         for slot in self.slots:
             if self.suspects.waiting and slot.open and not slot.running:
                 line = next((line for line in lines if line.waiting), None) if slot.deaths >= MAX_DEATHS else None
-                if line:
-                    self._start(slot, self._taken(line, slot, waiting), alone=True)
-                else:
-                    self._start(slot, self.suspects.take(), alone=True)
+                self._start(slot, self._taken(line, slot, waiting) if line else self.suspects.take(), alone=True)
         while line := next((line for line in lines if line.waiting), None):
             limit, _ = self._portion(line, waiting)
             able = [slot for slot in self.slots if slot.open and (len(slot.running) < 2 or slot.load < limit)]

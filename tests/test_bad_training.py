@@ -103,6 +103,14 @@ def test_too_little_memory_for_the_engines(tmp_path: Path, model: Path, no_patie
         check_memory(prepare(run_with(tmp_path, model, generate={"engine": engine}, judge={"engine": engine})), draws=True)
 
 
+def test_what_is_not_to_be_drawn_needs_no_memory(tmp_path: Path, model: Path, no_patience: None) -> None:
+    engine = {"model": str(model), "dtype": "float32", "engines": 1, "kv_cache_gib": 9000}
+    run = prepare(run_with(tmp_path, model, generate={"engine": engine}))
+    check_memory(run, draws=False)
+    with pytest.raises(UserError, match=r"for generate\.engine"):
+        check_memory(run, draws=True)
+
+
 def test_too_little_memory_for_the_ranks(tmp_path: Path, model: Path, no_patience: None) -> None:
     with pytest.raises(UserError, match=r"sft: needs about .* for sft.ranks\), .* GiB are free.*lower `ranks` or train adapters"):
         check_memory(prepare(run_with(tmp_path, model, train=["sft"], sft={"ranks": 4000})), draws=True)

@@ -172,6 +172,23 @@ def test_a_slow_request_is_asked_again_while_others_are_answered(short_pauses: N
     assert len(asyncio.run(all_of_them())) == 12 and metered.usage.retries > 0
 
 
+def test_an_engine_of_our_own_that_has_just_answered_is_asked_nothing_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = engine()
+    draw = fake.complete
+
+    async def choosy(turns: list[Turn], sampling: Sampling) -> Completion:
+        if turns[-1]["content"] == "too long":
+            raise ValueError("too long")
+        return await draw(turns, sampling)
+
+    monkeypatch.setattr(fake, "complete", choosy)
+    metered = served(fake)
+    run(metered.complete(PROMPT, Sampling(1.0, 8, 1)))
+    with pytest.raises(ValueError, match="too long"):
+        run(metered.complete([Turn(role="user", content="too long")], Sampling(1.0, 8, 2)))
+    assert metered.usage.requests == 1
+
+
 def test_busy_time_is_that_with_a_request_in_flight() -> None:
     fake = engine(latency_seconds=0.2, latency_spread=0)
     around = Served(fake, fake.config)
