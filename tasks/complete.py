@@ -43,6 +43,12 @@ class GenerateConfig(Strict):
     thought_format: Literal["guided", "native"] = Field(
         "guided", title="Thought format", description="`guided`: held by a grammar. `native`: the model's own reasoning format."
     )
+    guided_clauses: Literal["bundle", "category"] = Field(
+        "bundle",
+        title="Clauses offered",
+        description="Whose ids the grammar offers to a guided thought: those of the whole `bundle`, or of the prompt's own `category`, for "
+        "a generator that is too small to find in the policy what it has read there.",
+    )
     thought_characters: int = Field(600, ge=40, title="Thought length", description="Longest guided thought, in characters.")
     answer_characters: int = Field(600, ge=40, title="Answer length", description="Longest guided answer, in characters.")
     max_tokens: int = Field(5120, ge=16, title="Completion length", description="Longest completion, in tokens.")
@@ -97,14 +103,12 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
     grammar is to hold what an endpoint draws.
     """
     chat = tokenizer(model)
-    held = None
     if config.thought_format == "guided":
         if chat is None:
             raise UserError(
                 "generate.thought_format: `guided` needs a grammar, which an endpoint does not take. Set `native`: the thought is then "
                 "what the endpoint gives apart as the model's reasoning."
             )
-        held = thoughts.grammar(policy, config.thought_characters, config.answer_characters, _begins_in_thought(chat))
         longest = thoughts.longest_output(policy, config.thought_characters, config.answer_characters)
         if longest > config.max_tokens:
             raise UserError(
@@ -112,13 +116,14 @@ def requests(policy: Policy, model: Model, config: GenerateConfig) -> dict[str, 
                 "raise it, or lower thought_characters or answer_characters."
             )
     turns = TEMPLATE_HASH if chat else APART_TEMPLATE_HASH
-    template = digest([template_of(model), turns, config.placement, thoughts.FORMAT_VERSION, held])
     # The context is no detail of serving: a completion that it cuts short, or a prompt that it has no room for, is another result.
     context = config.engine.max_model_len
     sampling = {"temperature": config.temperature, "seed": config.seed, "max_tokens": config.max_tokens, **config.engine.identity()}
     found = {}
     for category in policy.categories:
         spec = render(policy, category, config.render_mode)
+        held = _grammar(policy, category, chat, config)
+        template = digest([template_of(model), turns, config.placement, thoughts.FORMAT_VERSION, held])
         prefix = request_prefix(spec=spec.hash, template=template, model=model.id, revision=model.revision, sampling=sampling)
         found[category] = Request(category, spec, model, prefix, template, digest(sampling), held)
         if chat is None:
@@ -219,6 +224,14 @@ def _outcome(drawn: Completion, chat: Chat | None) -> dict[str, Any]:
         "cited_verdict": thoughts.cited_verdict(thought or ""),
         "cited_clauses": thoughts.cited_clauses(thought or ""),
     }
+
+
+def _grammar(policy: Policy, category: str, chat: Chat | None, config: GenerateConfig) -> str | None:
+    """What holds the thoughts on prompts of a category, if anything does."""
+    if config.thought_format == "native" or chat is None:
+        return None
+    only = category if config.guided_clauses == "category" else None
+    return thoughts.grammar(policy, config.thought_characters, config.answer_characters, _begins_in_thought(chat), only)
 
 
 def _begins_in_thought(chat: Chat) -> bool:

@@ -107,12 +107,13 @@ def cited_clauses(thought: str) -> list[str]:
     return list(dict.fromkeys(_CLAUSE.findall("\n".join(_CLAUSE_LINE.findall(thought)))))
 
 
-def grammar(policy: Policy, thought_characters: int, answer_characters: int, opened: bool = False) -> str:
-    """An EBNF that holds a model to the format whatever the prompt: it offers every verdict and every clause id of the bundle.
+def grammar(policy: Policy, thought_characters: int, answer_characters: int, opened: bool = False, category: str | None = None) -> str:
+    """An EBNF that holds a model to the format: it offers every verdict, and every clause id of the bundle or those of one `category`.
 
     A refusal opens with an apology and is one sentence; the other verdicts are free text. `<` cannot occur, so no marker can be forged.
     """
-    clauses = " | ".join(f'"{name}"' for name in sorted(policy.clauses))
+    offered = [name for name, (home, _) in policy.clauses.items() if category in (None, home.id)]
+    clauses = " | ".join(f'"{name}"' for name in sorted(offered))
     begin = "" if opened else '"<think>\\n" '
     return "\n".join(
         [

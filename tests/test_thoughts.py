@@ -98,3 +98,9 @@ def test_the_grammar_offers_every_clause_and_verdict_and_fits_its_bound():
     assert all(f'"{name}"' in text for name in policy.clauses)
     longest = join("\U00010348" * 100 + "\nClauses: ER10, ER10\nVerdict: safe_complete", "\U00010348" * 200, CHAT)
     assert len(longest) + 1 <= longest_output(policy, 100, 200)
+
+
+def test_the_grammar_can_offer_the_clauses_of_one_category_alone():
+    policy = load_policy("specs/policies/base")
+    text = grammar(policy, 100, 200, category="violence")
+    assert {name for name in policy.clauses if f'"{name}"' in text} == {clause.id for clause in policy.categories["violence"].clauses}
