@@ -16,6 +16,7 @@ from cluster.errors import SpecmillError
 from cluster.fake_engine import FakeEngine, fake_model
 from cluster.serving import Metered, NotAnswered, Served
 from tasks import thoughts
+from tasks.complete import GenerateConfig, Request, requests
 from tasks.judge import SUBSCORES_FULL, _schema, parse_scores
 from tasks.policy import load_policy
 
@@ -60,6 +61,28 @@ def test_it_obeys_the_grammar_of_thoughts_and_the_schema_of_verdicts() -> None:
         assert thoughts.cited_verdict(parts.thought) and set(thoughts.cited_clauses(parts.thought)) <= set(POLICY.clauses)
         raw = draw(fake, seed, json_schema=_schema(4)).text
         assert parse_scores(raw, SUBSCORES_FULL)
+
+
+def test_a_run_may_offer_a_thought_the_clauses_of_its_category_alone() -> None:
+    fake = engine()
+    chat = chat_of(fake_model(fake.config).path)
+
+    def cited(asked: Request) -> set[str]:
+        drawn = [thoughts.split(draw(fake, seed, grammar=asked.grammar, max_tokens=5120).token_ids, chat) for seed in range(20)]
+        return {name for parts in drawn if isinstance(parts, thoughts.Parts) for name in thoughts.cited_clauses(parts.thought)}
+
+    of_bundle, of_category = (
+        requests(POLICY, fake_model(fake.config), GenerateConfig(engine=fake.config, thought_characters=60, guided_clauses=whose))
+        for whose in ("bundle", "category")
+    )
+    for category in POLICY.categories.values():
+        own = {clause.id for clause in category.clauses}
+        assert not cited(of_bundle[category.id]) <= own
+        assert cited(of_category[category.id]) and cited(of_category[category.id]) <= own
+    assert len({asked.template for asked in of_bundle.values()}) == 1
+    assert not {asked.prefix for asked in of_bundle.values()} & {asked.prefix for asked in of_category.values()}, (
+        "no row is taken for another's"
+    )
 
 
 def test_a_malformed_answer_ignores_the_schema() -> None:
