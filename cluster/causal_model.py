@@ -111,8 +111,8 @@ def score(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenSco
 def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any] | None = None, on_gpu: bool = False) -> ScoredModel:
     """The pre-trained model in the training dtype, with fresh adapters if there are to be any.
 
-    With ZeRO-3 settings no rank ever holds all of it. Dropout is off: what draws and what learns are one policy. On a GPU, packed rows
-    attend one by one, and layers are compiled if the configuration says so. Raises UserError when `model_path` is no checkpoint, or of an
+    With ZeRO-3 settings no rank ever holds all of it. Dropout is off: what draws and what learns are one policy. Packed rows attend one by
+    one; on a GPU layers are compiled if the configuration says so. Raises UserError when `model_path` is no checkpoint, or of an
     architecture that cannot be trained (`check_trainable`).
     """
     if not (Path(model_path) / "config.json").exists():
@@ -122,8 +122,7 @@ def load(model_path: str, config: TrainingConfig, zero3_settings: dict[str, Any]
         )
     check_trainable(model_path)
     model = _pretrained(model_path, config, zero3_settings)
-    if on_gpu:
-        use_packed_attention(model)
+    use_packed_attention(model, on_gpu)
     if config.gradient_checkpointing:
         # ZeRO-3 frees weights between forward and recomputation, which only the re-entrant form survives
         model.gradient_checkpointing_enable({"use_reentrant": config.zero_stage == 3})

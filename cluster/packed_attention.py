@@ -1,12 +1,14 @@
-"""Attention of packed rows on a GPU: torch's own flash attention over rows of different length, as transformers calls attention.
+"""Attention of packed rows, each by itself, as transformers calls attention.
 
 Where rows lie end to end, transformers' default gives the whole pack a mask, which costs the square of the pack's length instead of the
-sum of the squares of its rows. On a CPU, where there is no such kernel, and in float32 the default stays.
+sum of the squares of its rows. In bfloat16 on a GPU torch has one kernel for rows of different length; on a CPU rows are taken one after
+the other. In float32 on a GPU the default stays.
 """
 
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.errors import UserError
@@ -15,11 +17,11 @@ NAME = "packed"
 """What transformers calls it."""
 
 
-def use_packed_attention(model: Any) -> None:
-    """Has a bfloat16 Hugging Face model that attends by torch's `scaled_dot_product_attention` attend row by row instead."""
+def use_packed_attention(model: Any, on_gpu: bool) -> None:
+    """Has a Hugging Face model that attends by torch's `scaled_dot_product_attention` attend row by row instead."""
     from transformers import AttentionInterface
 
-    if model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and (model.dtype == torch.bfloat16 or not on_gpu):
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
 
@@ -43,9 +45,7 @@ def _attend(
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
     max_length_q: int,
-    max_length_k: int,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -53,18 +53,33 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, D], key and value [1, fewer heads, T, D] -> [1, T, heads, D].
 
-    Raises UserError for what torch's kernel leaves out.
+    Raises UserError for what torch's attention leaves out.
     """
     if softcap is not None or s_aux is not None:
-        raise UserError(
-            "this model caps its attention or has sinks in it, which torch's attention by rows leaves out; train it in float32."
-        )
+        raise UserError("this model caps its attention or has sinks in it, which torch's attention leaves out; take another model.")
+    if query.device.type == "cpu":
+        rows = [slice(*bounds) for bounds in cu_seq_lens_q.unfold(0, 2, 1).tolist()]
+        parts = [_attend_to_row(*(part[:, :, row] for part in (query, key, value)), scaling, sliding_window) for row in rows]
+        return torch.cat(parts, 2).transpose(1, 2), None
+    return _attend_to_all(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
+
+
+def _attend_to_row(query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
+    """query [1, heads, R, D], key and value [1, fewer heads, R, D] of one row -> [1, heads, R, D]."""
+    length, mask = query.shape[2], None
+    if sliding_window and sliding_window < length:
+        mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - sliding_window)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+
+
+def _attend_to_all(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, bounds: Tensor, longest: int, sliding_window: int | None
+) -> Tensor:
+    """The same of all rows of a pack by one kernel, query [1, heads, T, D] -> [1, T, heads, D]."""
     from torch.nn.attention.varlen import varlen_attn
     from transformers.integrations.sdpa_attention import repeat_kv
 
     groups = query.shape[1] // key.shape[1]
     states = [part[0].transpose(0, 1) for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
-    lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    found = cast(Tensor, varlen_attn(states[0], states[1], states[2], *lengths, scale=scaling, window_size=window))
-    return found[None], None
+    return cast(Tensor, varlen_attn(*states, bounds, bounds, longest, longest, scale=scaling, window_size=window))[None]

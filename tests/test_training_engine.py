@@ -66,13 +66,34 @@ def test_dropout_is_off(toy: Path, tmp_path: Path) -> None:
     assert not torch.equal(logits_of(load(file.parent).train(), ROWS), logits_of(load(toy), ROWS)), "the model has dropout"
 
 
+@pytest.mark.parametrize("changed", [{}, {"sliding_window": 8}, {"num_key_value_heads": 4}])
+def test_packed_rows_attend_as_separate_ones_and_have_their_gradient(tmp_path: Path, changed: dict[str, int]) -> None:
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from cluster.causal_model import load as load_to_train
+
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**{**size, "num_key_value_heads": 2, "sliding_window": None, **changed}))
+    model.save_pretrained(tmp_path)
+    packed, plain = load_to_train(str(tmp_path), TrainingConfig()), load(tmp_path)
+    assert packed.plain.config._attn_implementation == "packed" and plain.config._attn_implementation == "sdpa"
+    batch = pack(ROWS)
+    found = packed(batch.input_ids, batch.position_ids, batch.learnt, batch.targets, 1.0).logp
+    separate = [plain(torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1].log_softmax(-1) for row in ROWS]
+    expected = torch.cat(separate).gather(-1, batch.targets[:, None])[:, 0]
+    assert (found - expected).abs().max() < 1e-5
+    found.sum().backward()
+    expected.sum().backward()
+    for (name, weight), other in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        assert (weight.grad - other.grad).norm() < 1e-5 * other.grad.norm(), name
+
+
 def test_attention_by_rows_refuses_what_it_would_leave_out() -> None:
     none = torch.zeros(1, 1, 1, 8)
-    bounds = torch.tensor([0, 1])
-    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 1, "max_length_k": 1}
     for added in ({"softcap": 50.0}, {"s_aux": torch.zeros(1)}):
-        with pytest.raises(UserError, match="train it in float32"):
-            _attend(torch.nn.Identity(), none, none, none, None, scaling=1.0, **lengths, **added)
+        with pytest.raises(UserError, match="take another model"):
+            _attend(torch.nn.Identity(), none, none, none, None, scaling=1.0, cu_seq_lens_q=torch.tensor([0, 1]), max_length_q=1, **added)
 
 
 def test_a_full_gpu_is_told_with_what_to_change() -> None:
