@@ -58,9 +58,9 @@ def _attend(
     if softcap is not None or s_aux is not None:
         raise UserError("this model caps its attention or has sinks in it, which torch's attention leaves out; take another model.")
     if query.device.type == "cpu":
-        rows = [slice(*bounds) for bounds in cu_seq_lens_q.unfold(0, 2, 1).tolist()]
-        parts = [_attend_to_row(*(part[:, :, row] for part in (query, key, value)), scaling, sliding_window) for row in rows]
-        return torch.cat(parts, 2).transpose(1, 2), None
+        lengths = cu_seq_lens_q.diff().tolist()
+        rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        return torch.cat([_attend_to_row(*row, scaling, sliding_window) for row in rows], 2).transpose(1, 2), None
     return _attend_to_all(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
 
 
@@ -81,5 +81,6 @@ def _attend_to_all(
 
     groups = query.shape[1] // key.shape[1]
     states = [part[0].transpose(0, 1) for part in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    lengths = (bounds, bounds, longest, longest)
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    return cast(Tensor, varlen_attn(*states, bounds, bounds, longest, longest, scale=scaling, window_size=window))[None]
+    return cast(Tensor, varlen_attn(states[0], states[1], states[2], *lengths, scale=scaling, window_size=window))[None]

@@ -45,12 +45,17 @@ COLLECTIVE_SECONDS = 1800
 """How long a rank waits for its peers in a collective, among others while a peer loads a large model."""
 
 
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TOP_PAD_": str(2**28),
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
-"""Lets glibc keep what tensors free. By default every large tensor is fresh memory of the kernel, which clears it page by page."""
+def keep_memory() -> dict[str, str]:
+    """Environment in which a process on a CPU keeps the memory that tensors free; empty where Ray brings no jemalloc.
+
+    By default every large tensor is fresh memory of the kernel, which clears it page by page. Told to keep it, glibc either gives each
+    thread its own, several times what a rank needs, or has threads wait for each other.
+    """
+    import ray
+
+    allocator = Path(ray.__file__).parent / "core" / "libjemalloc.so"
+    settings = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1"
+    return {"LD_PRELOAD": str(allocator), "MALLOC_CONF": settings} if allocator.exists() else {}
 
 
 def run_workers(
@@ -82,7 +87,7 @@ def run_workers(
     # On a cluster that lives on the loopback interface the ranks must not look for each other anywhere else.
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if get_node_ip_address() == "127.0.0.1" else {}
     if not workers.gpus_per_rank:
-        environment |= KEEP_MEMORY
+        environment |= keep_memory()
     trainer = _interruptible_trainer()(
         worker,
         train_loop_config=config,

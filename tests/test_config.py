@@ -211,7 +211,14 @@ def test_reading_a_run_file_does_not_import_prefect():
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("change", "message"), [({"logit_scale": 0.5}, "logit_scale"), ({"model_type": "no-such"}, "config.json")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"model_type": "no-such"}, "config.json"),
+    ],
+)
 def test_a_model_that_cannot_be_trained_is_told_before_anything_starts(tiny_model: str, tmp_path: Path, change: Any, message: str) -> None:
     content = json.loads((Path(tiny_model) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | change))

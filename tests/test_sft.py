@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from cluster.errors import Diverged, UserError
-from cluster.training import UNFINISHED, report, run_workers
+from cluster.training import UNFINISHED, keep_memory, report, run_workers
 from cluster.training_config import WorkersConfig
 from flows.config import RunRequest, load_run
 from tasks.offline import train_offline
@@ -133,6 +133,17 @@ def test_a_node_that_sees_another_directory_by_the_name_of_the_runs_stops_it(loc
 
     with pytest.raises(UserError, match="not the run's directory on this node"):
         run_workers(loop, {}, WorkersConfig(ranks=1), storage=str(tmp_path), name="run")
+
+
+@pytest.mark.slow
+def test_a_rank_on_a_cpu_takes_memory_from_the_allocator_that_keeps_it(local_ray: None, tmp_path: Path) -> None:
+    found = tmp_path / "maps"
+
+    def loop(_: dict[str, Any]) -> None:
+        found.write_text(Path("/proc/self/maps").read_text())
+
+    run_workers(loop, {}, WorkersConfig(ranks=1), storage=str(tmp_path), name="run")
+    assert keep_memory()["LD_PRELOAD"] in found.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def turn(contender: str, model: str, rows: int) -> dict[str, float]:
 def compare(arguments: argparse.Namespace) -> None:
     """All turns, and their rows of the table."""
     from cluster.models import resolve_model
-    from cluster.training import KEEP_MEMORY
+    from cluster.training import keep_memory
 
     say(machine())
     model, orders = resolve_model(arguments.model).path, list(permutations(CONTENDERS))
@@ -180,7 +180,7 @@ def compare(arguments: argparse.Namespace) -> None:
     for number in range(arguments.rounds):
         for contender in orders[number * 5 % len(orders)]:
             command = [sys.executable, __file__, "--turn", contender, "--model", model, "--rows", str(arguments.rows)]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **KEEP_MEMORY})
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **keep_memory()})
             if done.returncode:
                 raise SystemExit(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
