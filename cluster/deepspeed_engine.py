@@ -31,6 +31,9 @@ from cluster.training_config import TrainingConfig
 TAG = "engine"
 """DeepSpeed's name for the one checkpoint of a directory."""
 
+ADAPTER = "adapter"
+"""Folder of an exported model for its adapters, which are merged in its weights."""
+
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for its peers before it dies; DeepSpeed's own default is 10 minutes."""
 
@@ -227,10 +230,11 @@ class TrainingEngine:
     def export(self, directory: str | Path, beside: Sequence[Path] = ()) -> None:
         """Publishes a full Hugging Face checkpoint (safetensors, configuration, tokenizer) under `directory`, by rename.
 
-        Replaces what was there; copies the files `beside` along; rank 0 holds the whole model in memory. When it returns on a
-        rank, the checkpoint is complete.
+        Adapters lie in it a second time, as they are, in `adapter`, for peft and for engines that serve them. Replaces what was there;
+        copies the files `beside` along; rank 0 holds the whole model in memory. When it returns on a rank, the checkpoint is complete.
         """
         target = Path(directory)
+        adapters = self._adapters()
         if self.rank == 0:
             weights = dict(self.named_weights())
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,6 +242,8 @@ class TrainingEngine:
             try:
                 self._engine.module.plain.save_pretrained(work, state_dict=weights)
                 copy_tokenizer(Path(self.model_path), work)
+                if adapters:
+                    _write_adapters(work / ADAPTER, self._engine.module.model, adapters)
                 for file in beside:
                     shutil.copyfile(file, work / file.name)
                 work.chmod(0o755)
@@ -249,6 +255,17 @@ class TrainingEngine:
             for _ in self.named_weights():
                 pass
         dist.barrier()
+
+    def _adapters(self) -> dict[str, Tensor]:
+        """The adapters' weights by peft's names, as CPU tensors; every rank takes part."""
+        import deepspeed
+
+        found = {}
+        for name, weight in self._engine.module.model.named_parameters():
+            if ".lora_" in name:
+                with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                    found[name] = weight.detach().to("cpu", copy=True).contiguous()
+        return found
 
     def _note_norm(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
@@ -333,6 +350,17 @@ def _build(model_path: str, config: TrainingConfig, total_steps: int, device: to
 def _scores(model: torch.nn.Module, batch: Packed, temperature: float) -> TokenScores:
     scores: TokenScores = model(batch.input_ids, batch.position_ids, batch.learnt, batch.targets, temperature)
     return scores
+
+
+def _write_adapters(folder: Path, model: Any, adapters: dict[str, Tensor]) -> None:
+    """What `peft.PeftModel.from_pretrained` reads."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    model.peft_config["default"].save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(model, adapters, save_embedding_layers=False)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _convert(shares: Path, target: Path) -> None:

@@ -33,7 +33,8 @@ class TrainingConfig(BaseModel):
         "float32",
         title="Precision",
         description="Type of weights and activations; gradients are summed in float32. On a CPU float32 makes reinforcement learning "
-        "exactly on-policy. In bfloat16 a change by an adapter of less than a weight's last digit is lost in the merged model.",
+        "exactly on-policy. In bfloat16 a change by an adapter of less than a weight's last digit is lost in the merged model, not in its "
+        "folder `adapter`.",
     )
     learning_rate: float = Field(
         2e-5,
