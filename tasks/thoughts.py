@@ -8,6 +8,7 @@ first marker themselves (`opened`); then completions begin inside the thought.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from cluster.chat import Chat
 from cluster.engine import Completion
@@ -61,10 +62,11 @@ def parts_of(drawn: Completion, chat: Chat | None) -> Parts | Malformed:
 
 
 def split(ids: Sequence[int], chat: Chat, opened: bool = False) -> Parts | Malformed:
-    """Splits the token ids of a completion into thought and answer.
+    """Splits the token ids of a completion, up to the end of the turn, into thought and answer.
 
     Text that merely spells a marker does not count for a model whose marker is a token of its own.
     """
+    ids = list(takewhile(lambda token: token != chat.end_of_turn, ids))
     pieces = chat.pieces(ids)
     opens, closes = _find(ids, pieces, OPEN, chat), _find(ids, pieces, CLOSE, chat)
     if opened:
@@ -78,9 +80,7 @@ def split(ids: Sequence[int], chat: Chat, opened: bool = False) -> Parts | Malfo
     (open_start, open_end), (close_start, close_end) = opens[0], closes[0]
     if "".join(pieces[:open_start]).strip() or close_start < open_end:
         return Malformed("text_before_thought")
-    end = [position for position, token in enumerate(ids) if token == chat.end_of_turn and position >= close_end]
-    answer_ids = ids[close_end : end[0] if end else len(ids)]
-    thought, answer = chat.decode(ids[open_end:close_start]).strip(), chat.decode(answer_ids).strip()
+    thought, answer = chat.decode(ids[open_end:close_start]).strip(), chat.decode(ids[close_end:]).strip()
     # without the special tokens that stood between its pieces, text may spell a marker that the ids do not
     if CLOSE not in chat.added and any(marker in text for marker in (OPEN, CLOSE) for text in (thought, answer)):
         return Malformed("several_thoughts")

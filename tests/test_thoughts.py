@@ -65,8 +65,15 @@ def test_anything_but_one_closed_thought_is_named(text: str, reason: str):
 
 
 def test_a_marker_that_a_special_token_parts_is_one_in_the_text():
-    forged = [*CHAT.text("<think>a<"), CHAT.end_of_turn, *CHAT.text("think>b</think>c")]
+    special = next(token for name, token in CHAT.added.items() if token != CHAT.end_of_turn and not CHAT.decode([token]))
+    forged = [*CHAT.text("<think>a<"), special, *CHAT.text("think>b</think>c")]
     assert split(forged, CHAT) == Malformed("several_thoughts")
+
+
+def test_nothing_is_read_beyond_the_end_of_the_turn():
+    assert split([*CHAT.text("<think>a"), CHAT.end_of_turn, *CHAT.text("</think>b")], CHAT) == Malformed("unterminated_thought")
+    beyond = split([*join("a", "b", CHAT), CHAT.end_of_turn, *CHAT.text("c<think>")], CHAT)
+    assert isinstance(beyond, Parts) and (beyond.thought, beyond.answer) == ("a", "b")
 
 
 def test_text_that_spells_a_marker_is_none_where_markers_are_tokens():
