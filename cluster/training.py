@@ -46,15 +46,15 @@ COLLECTIVE_SECONDS = 1800
 
 
 def keep_memory() -> dict[str, str]:
-    """Environment in which a process on a CPU keeps the memory that tensors free; empty where Ray brings no jemalloc.
+    """Environment in which a process on a CPU keeps for a while what tensors free; empty where Ray brings no jemalloc.
 
-    By default every large tensor is fresh memory of the kernel, which clears it page by page. Told to keep it, glibc either gives each
-    thread its own, several times what a rank needs, or has threads wait for each other.
+    By default every large tensor is fresh memory of the kernel, which clears it page by page. glibc, told to keep it, keeps twice what a
+    rank needs, and so does jemalloc for ever or if it may not take small pieces from large ones.
     """
     import ray
 
     allocator = Path(ray.__file__).parent / "core" / "libjemalloc.so"
-    settings = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1"
+    settings = "narenas:1,oversize_threshold:0,dirty_decay_ms:30000,lg_extent_max_active_fit:20"
     return {"LD_PRELOAD": str(allocator), "MALLOC_CONF": settings} if allocator.exists() else {}
 
 

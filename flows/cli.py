@@ -250,7 +250,8 @@ def check(
     config = load_run(RunRequest(file=file, root=root, changes=set_ or []))
     store = Store(config.root)
     store.check_writable()
-    typer.echo(describe_prompts(load_prompts(store, config.prompts, load_policy(config.policy), config.overlap, deleted_prompts(store))))
+    policy = load_policy(config.policy)
+    typer.echo(describe_prompts(load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store), config.cases)))
 
 
 def main() -> None:

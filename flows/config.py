@@ -54,6 +54,9 @@ class RunConfig(Strict):
         title="Prompts",
         description="Path of files, a source with a mapping, or a list of these.",
     )
+    cases: bool = Field(
+        False, title="Policy's cases", description="The cases of the policy's clauses are completed, too, as prompts of the SFT split."
+    )
     overlap: OverlapConfig = Field(
         OverlapConfig(), title="Overlap", description="Rows that resemble others, or what models are evaluated on."
     )
@@ -84,7 +87,7 @@ class RunConfig(Strict):
     def parameters(self) -> dict[str, Any]:
         """What the run computes. Where and by how many workers it is computed, and how it is called, is left out."""
         content = self.model_dump(
-            mode="json", exclude={"root", "name", "lease_seconds", "sent_to", "policy", "prompts", "overlap", "trackers"}
+            mode="json", exclude={"root", "name", "lease_seconds", "sent_to", "policy", "prompts", "cases", "overlap", "trackers"}
         )
         for stage in ("generate", "judge", "evaluate"):
             content[stage]["engine"] = {field: content[stage]["engine"][field] for field in ("model", "revision")}

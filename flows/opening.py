@@ -43,7 +43,7 @@ def prepare(request: RunRequest, trains: bool = True) -> Workspace:
     store = Store(config.root)
     store.check_writable()
     with said_of(request.file):
-        prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store))
+        prompts = load_prompts(store, config.prompts, policy, config.overlap, deleted_prompts(store), config.cases)
         workspace = _with_pools(request.file, config, policy, prompts, store, trains)
         check_data(workspace)
         if trains:

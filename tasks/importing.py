@@ -29,7 +29,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 
 def read_source(file: SourceFile) -> Iterator[tuple[int, Row | str]]:
     """Line number (of JSONL and CSV) or row number, from 1, and the row, or the reason why there is none."""
-    return {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "dataset": _dataset}[file.format](file)
+    return {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "dataset": _dataset, "rows": _listed}[file.format](file)
 
 
 def _jsonl(file: SourceFile) -> Iterator[tuple[int, Row | str]]:
@@ -118,6 +118,10 @@ def _dataset(file: SourceFile) -> Iterator[tuple[int, Row | str]]:
     rows = file.rows.select_columns(columns).with_format("arrow")
     tables = (table for table in rows.iter(BATCH_ROWS))
     yield from enumerate((row for table in tables for batch in table.to_batches() for row in _rows(batch)), start=1)
+
+
+def _listed(file: SourceFile) -> Iterator[tuple[int, Row | str]]:
+    yield from enumerate(file.rows, start=1)
 
 
 def _present(value: Any) -> Any:

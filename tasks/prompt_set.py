@@ -23,7 +23,7 @@ from tasks.keys import digest
 from tasks.manifest import PROMPTS
 from tasks.policy import Policy
 from tasks.prompt_parts import write_parts
-from tasks.prompts import CapabilityRow, Prompt, Split, read_rows
+from tasks.prompts import CapabilityRow, Prompt, Split, case_prompts, read_rows
 from tasks.sources import Source, source_files
 from tasks.store import Corrupt, Store
 
@@ -96,12 +96,13 @@ def load_prompts(
     policy: Policy,
     overlap: OverlapConfig | None = None,
     deleted: frozenset[str] = frozenset(),
+    cases: bool = False,
 ) -> PromptSet:
-    """Reads what sources name. Raises UserError when a file cannot be read, or there is not one usable prompt.
+    """Reads what sources name, and, if asked, the policy's cases.
 
-    Prompts whose hashes are in `deleted` are quarantined.
+    Prompts whose hashes are in `deleted` are quarantined. Raises UserError when a file cannot be read, or there is not one usable prompt.
     """
-    files = source_files(source)
+    files = [*source_files(source), *([case_prompts(policy)] if cases else [])]
     overlap = overlap or OverlapConfig()
     benchmarks = source_files(overlap.benchmarks)
     checked = {name: [clause.verdict, clause.generate] for name, (_, clause) in policy.clauses.items()}

@@ -12,12 +12,15 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from tasks.conversations import converted
 from tasks.importing import read_source
+from tasks.keys import digest
 from tasks.policy import CategoryId, Policy, Text, Verdict
-from tasks.sources import SourceFile
+from tasks.sources import Source, SourceFile
 from tasks.validation import Strict, describe
 
 Cell = Literal["violation", "borderline", "benign", "transformation"]
 CELLS: tuple[Cell, ...] = ("violation", "borderline", "benign", "transformation")
+CELL_OF: dict[Verdict, Cell] = {"refuse": "violation", "safe_complete": "borderline", "comply": "benign"}
+"""What a case of a clause is, by the verdict of its clause."""
 Split = Literal["sft", "rl", "dev", "eval"]
 SPLIT_SHARES: dict[Split, int] = {"sft": 4, "rl": 1, "dev": 1, "eval": 2}
 """Scenario groups of every eight that go to each split. What is measured while a model is made (dev) is not what is reported (eval)."""
@@ -92,6 +95,29 @@ def read_rows(files: Iterable[SourceFile], policy: Policy) -> Iterator[tuple[Sou
     for file in files:
         for number, row in read_source(file):
             yield file, number, row if isinstance(row, str) else _checked(row, file, policy)
+
+
+def case_prompts(policy: Policy) -> SourceFile:
+    """The cases of a policy's clauses as prompts of the SFT split, but for those of clauses that are never generated from.
+
+    They illustrate the policy, so they are learnt from, and none is evaluated.
+    """
+    rows = [
+        {
+            "id": (name := f"case-{clause.id}-{digest(case.prompt)[:8]}"),
+            "category": category.id,
+            "cell": CELL_OF[clause.verdict],
+            "group": name,
+            "split": "sft",
+            "ideal_verdict": clause.verdict,
+            "ideal_clauses": [clause.id],
+            "messages": [{"role": "user", "content": case.prompt}],
+        }
+        for category, clause in policy.clauses.values()
+        if clause.generate != "never"
+        for case in clause.cases
+    ]
+    return SourceFile(Source(path=f"cases of {policy.bundle.id}"), f"cases of {policy.bundle.id}", "rows", digest(rows), rows)
 
 
 def read_conversations(file: SourceFile) -> Iterator[tuple[int, Conversation | str]]:

@@ -152,11 +152,11 @@ class SourceFile:
 
     source: Source
     path: str
-    format: Literal["jsonl", "csv", "parquet", "dataset"]
+    format: Literal["jsonl", "csv", "parquet", "dataset", "rows"]
     content: str
     """Hash of its bytes; of a dataset on the hub, its fingerprint."""
     rows: Any = None
-    """The opened dataset."""
+    """The opened dataset, or a list of rows."""
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:

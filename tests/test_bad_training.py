@@ -80,11 +80,13 @@ def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, mo
         prepare(run_with(tmp_path, model))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("bloom", "Bloom"), ("rwkv", "Rwkv")])
-def test_a_model_that_reads_no_positions(tmp_path: Path, model: Path, kind: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bloom", "Bloom"), ("rwkv", "Rwkv"), ("opt", "OPT"), ("falcon", "Falcon"), ("gpt_oss", "GptOss")]
+)
+def test_a_model_whose_masks_know_no_rows(tmp_path: Path, model: Path, kind: str, name: str) -> None:
     from transformers import AutoConfig
 
-    AutoConfig.for_model(kind, vocab_size=32, hidden_size=16, num_hidden_layers=2).save_pretrained(model)
+    AutoConfig.for_model(kind, vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(model)
     with pytest.raises(UserError, match=f"packed rows of a {name}ForCausalLM would see each other"):
         prepare(run_with(tmp_path, model))
 

@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.errors import UserError
+from flows.cli import app
+from flows.config import RunRequest
+from flows.opening import prepare
 from tasks.policy import load_policy
 from tasks.prompt_parts import PART_ROWS
 from tasks.prompt_set import PromptSet, load_prompts
-from tasks.prompts import CELLS, SPLIT_SHARES, CapabilityRow, Prompt, named_split, read_rows
+from tasks.prompts import CELLS, SPLIT_SHARES, CapabilityRow, Prompt, case_prompts, named_split, read_rows
 from tasks.sources import source_files
 from tasks.store import Corrupt, Store
 
@@ -96,6 +100,34 @@ def test_groups_of_a_never_clause_are_for_evaluation_only(tmp_path: Path):
     assert {prompt.group for prompt in prompts.prompts("eval")} >= {"er-01"}
     assert all(prompt.group != "er-01" for split in ("sft", "rl", "dev") for prompt in prompts.prompts(split))
     assert sum(prompts.size(split) for split in SPLIT_SHARES) == len(rows)
+
+
+def test_the_policys_cases_are_prompts_to_learn_from_but_for_those_that_are_never_generated_from(tmp_path: Path):
+    store = Store(str(tmp_path))
+    plain, whole = (load_prompts(store, SPECS / "prompts", POLICY, cases=cases) for cases in (False, True))
+    cases = [(name, clause, case) for name, (_, clause) in POLICY.clauses.items() for case in clause.cases]
+    wanted = {case.prompt: name for name, clause, case in cases if clause.generate == "always"}
+    assert len(wanted) < len(cases), "the policy has a clause that is never generated from"
+    known = {prompt.id for prompt in plain.prompts("sft")}
+    found = [prompt for prompt in whole.prompts("sft") if prompt.id not in known]
+    assert {prompt.messages[0].content: prompt.ideal_clauses[0] for prompt in found} == wanted
+    assert all(prompt.category == POLICY.clauses[prompt.ideal_clauses[0]][0].id for prompt in found)
+    assert len({prompt.group for prompt in found}) == len(found) and whole.path != plain.path
+    assert [whole.size(split) for split in ("rl", "dev", "eval")] == [plain.size(split) for split in ("rl", "dev", "eval")]
+    clause = POLICY.categories["violence"].clauses[0]
+    edited = clause.model_copy(update={"cases": clause.cases[1:]})
+    violence = POLICY.categories["violence"].model_copy(update={"clauses": (edited, *POLICY.categories["violence"].clauses[1:])})
+    policy = replace(POLICY, categories={**POLICY.categories, "violence": violence})
+    fewer = load_prompts(store, SPECS / "prompts", policy, cases=True)
+    assert fewer.size("sft") == whole.size("sft") - 1, "an edited case is noticed"
+
+
+def test_a_run_file_may_ask_for_the_policys_cases(tmp_path: Path):
+    file, root, cases = str(SPECS / "runs" / "demo.yaml"), str(tmp_path), len(case_prompts(POLICY).rows)
+    plain, more = (prepare(RunRequest(file=file, root=root, changes=[f"cases={said}"]), trains=False) for said in ("false", "true"))
+    assert more.prompts.size("sft") == plain.prompts.size("sft") + cases
+    shown = CliRunner().invoke(app, ["prompts", "check", file, "--root", root, "--set", "cases=true"])
+    assert f"cases of base {cases} {cases} 0 0" in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize("content", [None, b"PAR1"])

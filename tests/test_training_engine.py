@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.causal_model import TokenScores
 from cluster.errors import Diverged, UserError
-from cluster.packed_attention import _attend
+from cluster.packed_attention import ARCHITECTURES
 from cluster.training_config import TrainingConfig
 from tasks.batch import Row, micro_batches, pack
 from tasks.losses import nll
@@ -66,16 +66,31 @@ def test_dropout_is_off(toy: Path, tmp_path: Path) -> None:
     assert not torch.equal(logits_of(load(file.parent).train(), ROWS), logits_of(load(toy), ROWS)), "the model has dropout"
 
 
-@pytest.mark.parametrize("changed", [{}, {"sliding_window": 8}, {"num_key_value_heads": 4}])
-def test_packed_rows_attend_as_separate_ones_and_have_their_gradient(tmp_path: Path, changed: dict[str, int]) -> None:
-    from transformers import AutoModelForCausalLM, MistralConfig
+SMALL: dict[str, Any] = {
+    **{"vocab_size": 64, "hidden_size": 32, "n_embd": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n_layer": 2},
+    **{"num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "max_position_embeddings": 128},
+    **{"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+    **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8},
+    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "attention_dropout": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+}
+"""What makes models of all architectures small, with windows shorter than rows."""
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_packed_rows_attend_as_separate_ones_and_have_their_gradient(tmp_path: Path, architecture: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from cluster.causal_model import load as load_to_train
 
-    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    usual = AutoConfig.for_model(architecture).to_dict()
+    small = {name: value for name, value in SMALL.items() if name in usual}
+    if set(usual.get("layer_types") or ()) <= {"full_attention"}:
+        small.pop("layer_types", None)
+    if "kv_lora_rank" in usual:
+        small = {**small, "num_key_value_heads": 4, "head_dim": None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MistralConfig(**{**size, "num_key_value_heads": 2, "sliding_window": None, **changed}))
-    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **small)).save_pretrained(tmp_path)
     packed, plain = load_to_train(str(tmp_path), TrainingConfig()), load(tmp_path)
     assert packed.plain.config._attn_implementation == "packed" and plain.config._attn_implementation == "sdpa"
     batch = pack(ROWS)
@@ -86,14 +101,8 @@ def test_packed_rows_attend_as_separate_ones_and_have_their_gradient(tmp_path: P
     found.sum().backward()
     expected.sum().backward()
     for (name, weight), other in zip(packed.named_parameters(), plain.parameters(), strict=True):
-        assert (weight.grad - other.grad).norm() < 1e-5 * other.grad.norm(), name
-
-
-def test_attention_by_rows_refuses_what_it_would_leave_out() -> None:
-    none = torch.zeros(1, 1, 1, 8)
-    for added in ({"softcap": 50.0}, {"s_aux": torch.zeros(1)}):
-        with pytest.raises(UserError, match="take another model"):
-            _attend(torch.nn.Identity(), none, none, none, None, scaling=1.0, cu_seq_lens_q=torch.tensor([0, 1]), max_length_q=1, **added)
+        if other.grad is not None:
+            assert (weight.grad - other.grad).norm() <= 1e-5 * other.grad.norm() + 1e-7, name
 
 
 def test_a_full_gpu_is_told_with_what_to_change() -> None:
