@@ -157,9 +157,10 @@ def resume(engine: "TrainingEngine", work: Path) -> dict[str, Any] | None:
     run = _run_directory()
     if not run and not work.is_dir():
         raise UserError(f"{work}: not there on this node. All nodes have to see the same directory there (SPECMILL_CACHE).")
-    if engine.rank == 0:  # no rank saves before this one takes part
+    if engine.rank == 0:
         for unfinished in (run or work).glob(f"{UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+    agreed(None)  # before any rank saves
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
