@@ -121,7 +121,7 @@ def plan(
     root: OtherRoot = None,
     set_: Changes = None,
 ) -> None:
-    """Shows what a run would reuse and make, why, and what it will cost. Starts nothing, and writes only the prompts as it read them."""
+    """Shows what a run would reuse, make and train, why, and its cost. Starts nothing, and writes only the prompts as it read them."""
     from flows.config import RunRequest
     from flows.opening import prepare
     from flows.plan import describe_plan

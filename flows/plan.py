@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from cluster.engine import EngineConfig
 from cluster.serving import Usage
 from flows.checks import host_outside
+from flows.config import RunConfig
 from flows.terminal import aligned
 from flows.workspace import Workspace, survey
 from tasks import complete, judge
@@ -20,6 +21,7 @@ from tasks.complete import Request
 from tasks.keyset import KeySet, column_keys
 from tasks.ledger import Ledger
 from tasks.prompts import Split
+from tasks.stage_config import OfflineConfig
 from tasks.wanted import Wanted
 
 ORIGINS = ["prompt_hash", "sample", "spec_hash", "template_hash", "sampling_hash", "generator", "generator_revision"]
@@ -66,8 +68,8 @@ class Leaving:
     counts: dict[str, int]
 
 
-def plan(run: Workspace) -> tuple[list[Line], list[Estimate], list[Leaving]]:
-    """The lines of both stages by category, what they will cost, and what would leave this machine."""
+def plan(run: Workspace) -> tuple[list[Line], list[Estimate], list[Leaving], list[str]]:
+    """The lines of both stages by category, what they will cost, what would leave this machine, and what each stage of training learns."""
     completions, judgements = Ledger(run.store, complete.STAGE), Ledger(run.store, judge.STAGE)
     wanted, _ = survey(run, completions, judgements)
     lines = [*_complete_lines(run, wanted, completions), *_judge_lines(run, wanted, judgements)]
@@ -75,11 +77,11 @@ def plan(run: Workspace) -> tuple[list[Line], list[Estimate], list[Leaving]]:
         _estimate(completions, int((~wanted.made).sum()), run.config.generate.engine),
         _estimate(judgements, _runs_to_make(run, wanted), run.config.judge.engine),
     ]
-    return lines, estimates, _leaving(run, lines)
+    return lines, estimates, _leaving(run, lines), _training(run.config)
 
 
-def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate], leaving: Iterable[Leaving]) -> str:
-    """The plan for the terminal: a table, what would leave this machine, and what it will cost."""
+def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate], leaving: Iterable[Leaving], training: Iterable[str]) -> str:
+    """The plan for the terminal: a table, what would leave this machine, what it will cost, and what is trained afterwards."""
     rows = [["stage", "category", "wanted", "reused", "skipped", "to do", "why"]]
     for line in lines:
         why = ", ".join(f"{count} {reason}" for reason, count in line.reasons.most_common())
@@ -89,7 +91,7 @@ def describe_plan(lines: Iterable[Line], estimates: Iterable[Estimate], leaving:
         + ", ".join(f"{count} {category}" for category, count in sent.counts.items())
         for sent in leaving
     ]
-    return "\n".join([*aligned(rows), "", *(left or ["nothing would leave this machine"]), *map(_sentence, estimates)])
+    return "\n".join([*aligned(rows), "", *(left or ["nothing would leave this machine"]), *map(_sentence, estimates), *training])
 
 
 def _leaving(run: Workspace, lines: list[Line]) -> list[Leaving]:
@@ -212,3 +214,23 @@ def _sentence(estimate: Estimate) -> str:
         f"{cost.completion_tokens:,} to draw, {minutes:,.1f} minutes on {estimate.engines} engines at the last run's speed"
         + (f", for {estimate.price:,.2f} at the endpoint's prices" if estimate.price is not None else "")
     )
+
+
+def _training(config: RunConfig) -> list[str]:
+    """How much each stage of training learns. How many rows are selected is known only when they are judged."""
+    told = []
+    for stage in config.train:
+        if stage == "rl":
+            rl = config.rl
+            answers = rl.steps * rl.prompts_per_step * rl.rollouts_per_prompt
+            told.append(
+                f"rl: {rl.steps} steps of {rl.prompts_per_step} prompts with {rl.rollouts_per_prompt} answers, in all {answers:,} answers "
+                f"of at most {rl.max_tokens:,} tokens"
+                + (f" and {rl.judge_runs * answers:,} judge runs" if rl.asks_judge else "")
+                + (f", without refills, of which a step has up to {rl.refills}" if rl.refills else "")
+            )
+        else:
+            rows: OfflineConfig = getattr(config, stage)
+            learnt = {"sft": "rows that are selected", "rejection": "rows that pass the threshold", "dpo": "pairs"}[stage]
+            told.append(f"{stage}: {rows.epochs} epochs of the {learnt}, {rows.rows_per_step} a step")
+    return told

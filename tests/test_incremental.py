@@ -166,8 +166,17 @@ def test_an_edit_touches_exactly_what_it_concerns(folder: Path, edit: Callable[[
 def test_the_plan_is_told_in_words(folder: Path) -> None:
     text = describe_plan(*plan(prepare(request(folder, "generate.n=3"))))
     assert "more samples" in text and "prompt tokens" in text and "minutes on 2 engines" in text
-    assert "nothing was made under this root" in describe_plan([], [Estimate("completions", 5, None, 1)], [])
-    assert "nothing to do" in describe_plan([], [Estimate("completions", 0, None, 1)], [])
+    assert "nothing was made under this root" in describe_plan([], [Estimate("completions", 5, None, 1)], [], [])
+    assert "nothing to do" in describe_plan([], [Estimate("completions", 0, None, 1)], [], [])
+
+
+def test_the_plan_tells_how_much_is_trained(folder: Path) -> None:
+    changes = ["train=[sft, dpo, rl]", "rl.steps=3", "rl.prompts_per_step=4", "rl.rollouts_per_prompt=5", "rl.judge_runs=2"]
+    text = describe_plan(*plan(prepare(request(folder, *changes, "sft.epochs=7", "dpo.rows_per_step=6"))))
+    assert "sft: 7 epochs of the rows that are selected" in text and re.search("dpo: .* epochs of the pairs, 6 a step", text)
+    assert "60 answers of at most" in text and "120 judge runs" in text
+    text = describe_plan(*plan(prepare(request(folder, *changes, "rl.reward.source=rules"))))
+    assert "60 answers of at most" in text and "120 judge runs" not in text, "a rule asks no judge"
 
 
 def test_gc_removes_what_nothing_names_and_nothing_else(folder: Path) -> None:
