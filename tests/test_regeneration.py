@@ -138,7 +138,7 @@ def test_the_plan_foretells_what_the_rows_of_the_last_run_have_cost(file: Path) 
     fields = ("prompt_tokens", "completion_tokens", "busy_seconds")
     slow = {(stage, field): usage(file, stage, field) for stage in STAGES for field in fields}
     regenerate(file, "generate.n=2")
-    _, (completions, judgements), _ = plan(prepare(RunRequest(file=str(file), changes=["generate.n=4"]), trains=False))
+    _, (completions, judgements), *_ = plan(prepare(RunRequest(file=str(file), changes=["generate.n=4"]), trains=False))
     assert (completions.rows, judgements.rows) == (2 * PROMPTS, 2 * PROMPTS)
     for stage, estimate in zip(STAGES, (completions, judgements), strict=True):
         assert estimate.usage
