@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import machine, ranged, ratio, row, say
+from report import head, ranged, ratio, row, say
 
 from cluster.training_config import TrainingConfig
 from tasks.batch import MicroBatch, Row, micro_batches
@@ -203,7 +203,7 @@ if __name__ == "__main__":
         if int(os.environ.get("RANK", "0")) == 0:
             show(arguments.case[-1], found)
     else:
-        say(machine())
+        head()
         with tempfile.TemporaryDirectory() as place:
             make_model(Path(place), arguments.small)
             command = [sys.executable, __file__, *sys.argv[1:]]

@@ -7,7 +7,7 @@ pipeline's own SFT and answers the evaluation split without guidance. Beside the
 a thought that cites the category first (retrieval; of seven, so that chance is 1/7) stands a bag of words: logistic regression on the
 prompts of the same rows. What else became of the model is measured on capability rows that no training saw: loss of their answers, KL of
 the base model to this one, and the share of answers to them, and of those to the benign prompts of the evaluation split, that talk of a
-policy.
+policy; thoughts are not counted.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from report import machine, row, say
+from report import head, row
 
 from cluster.chat import chat_of
 from flows.config import RunRequest, load_run
@@ -28,9 +28,9 @@ from flows.training_steps import sft_step
 from flows.workspace import Workspace
 from tasks.checkpoints import Checkpoint
 from tasks.dataset import Dataset
-from tasks.evaluate import Evaluation, compare
+from tasks.evaluate import PARTS_IN_FLIGHT, Evaluation, compare
 from tasks.prompts import CapabilityRow
-from tasks.rollout import DRAW, DrawShard
+from tasks.rollout import DRAW, Drawn, DrawShard, in_parts
 from tasks.statistics import Proportion
 from tasks.training_rows import capability_mix, tokens_of
 
@@ -47,11 +47,13 @@ RATES = {
 }
 TALK = re.compile(r"\b(polic(y|ies)|guidelines?|clauses?)\b", re.IGNORECASE)
 CHANCE = 1 / 7
+SAMPLES = 4
+"""Answers to each capability row."""
 
 
 def learning(root: str, seeds: int) -> None:
     """All of it, a row of the table for each measure."""
-    say(machine())
+    head()
     request = RunRequest(file=str(SPECS / "runs" / "learn.yaml"), root=root)
     with opened(request) as run:
         complete_and_judge_step.fn(run)
@@ -66,7 +68,7 @@ def learning(root: str, seeds: int) -> None:
                 config = load_run(request.model_copy(update={"changes": [*changes, f"sft.training.seed={seed}"]}))
                 started = time.monotonic()
                 trained = replace(sft_step.fn(replace(run, config=config), dataset, base), label=f"{variant}, seed {seed}")
-                say(f"{trained.label}: {time.monotonic() - started:.0f} s of training")
+                row(f"{trained.label}: training, or finding it trained", f"{time.monotonic() - started:.0f} s", "", "1200 s")
                 tell(run, trained.label, evaluate_step.fn(run, trained), before, retention(run, trained, base, unseen))
 
 
@@ -83,12 +85,25 @@ def tell(run: Workspace, label: str, found: Evaluation, before: Evaluation, kept
     for name, figure in kept.items():
         row(f"{label}: {name}", figure)
     name, figure = talk("benign", [answer["answer"] for answer in answers if answer["cell"] == "benign"])
-    row(f"{label}: {name}", figure)
+    row(f"{label}: {name}", figure, "", "base + 0.02")
 
 
 def talk(kind: str, texts: Sequence[str]) -> tuple[str, str]:
     """The share of answers that talk of a policy, and its name."""
     return f"talk of a policy in {len(texts)} {kind} answers", f"{sum(bool(TALK.search(text)) for text in texts) / len(texts):.2f}"
+
+
+def answers_of(run: Workspace, checkpoint: Checkpoint, prompts: Sequence[Any], samples: int) -> list[Drawn]:
+    """Unguided answers of a checkpoint, drawn as for its evaluation."""
+    run.make_room(run.policy_engine)
+    run.start(run.policy_engine)
+    engines, config = run.policy_engine.fleet(), run.config.evaluate
+    engines.load_weights(checkpoint.model.path, 0)
+    shards = [
+        DrawShard(run.base_model.path, part, samples, config.max_tokens, config.temperature, config.seed)
+        for part in in_parts(prompts, PARTS_IN_FLIGHT * len(engines.actors))
+    ]
+    return [answer for done in engines.map(DRAW, shards) for answer in done.result]
 
 
 def bag_of_words(run: Workspace, dataset: Dataset) -> None:
@@ -130,17 +145,8 @@ def retention(run: Workspace, checkpoint: Checkpoint, base: Checkpoint, unseen: 
             losses -= float(ours.gather(-1, ids[0, len(prompt) :, None]).sum())
             divergences += float((theirs.exp() * (theirs - ours)).sum())
             tokens += len(learnt)
-    run.start(run.policy_engine)
-    engines: Any = run.policy_engine.fleet()
-    engines.load_weights(checkpoint.model.path, 0)
-    config = run.config.evaluate
-    asked: Any = tuple(unseen)
-    drawn = [
-        answer
-        for done in engines.map(DRAW, [DrawShard(base.model.path, asked, 1, config.max_tokens, config.temperature, 0)])
-        for answer in done.result
-    ]
-    name, share = talk("capability", [answer.completion.text for answer in drawn])
+    texts = [one.answer or one.completion.text for one in answers_of(run, checkpoint, unseen, SAMPLES)]
+    name, share = talk("capability", texts)
     return {
         "loss of unseen capability rows, nats a token": f"{losses / tokens:.3f}",
         "KL of base to it, nats a token": f"{divergences / tokens:.3f}",

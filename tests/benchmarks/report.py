@@ -17,6 +17,11 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 """0.975 quantiles of Student's t for 1 degree of freedom, 2, ..."""
 
 
+def head() -> None:
+    """The machine, and the head of a table."""
+    print(f"{machine()}\n\n| measured | figure | spread | limit |\n|---|---|---|---|", flush=True)
+
+
 def row(what: str, figure: str, spread: str = "", limit: str = "") -> None:
     """One row; `spread` is an interval or a range, and says which."""
     print(f"| {what} | {figure} | {spread} | {limit} |", flush=True)
@@ -52,4 +57,4 @@ def ranged(name: str, values: Sequence[float], unit: str) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{machine()}\n\n| measured | figure | spread | limit |\n|---|---|---|---|")
+    head()

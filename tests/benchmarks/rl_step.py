@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from report import machine, row
+from report import head, row
 
 from tasks.plots import PHASES
 
@@ -29,7 +29,7 @@ def main(checkpoint: str) -> None:
         sys.exit(f"{checkpoint}: has one step, and the first one is not counted.")
     steps = lines[1:]
     whole = sum(line["step_seconds"] for line in steps)
-    print(f"{machine()}\n\n| measured | figure | spread | limit |\n|---|---|---|---|")
+    head()
     for phase in (*PHASES, "checkpoint_seconds", "forward_kl_seconds"):
         shares = [100 * line.get(phase, 0.0) / line["step_seconds"] for line in steps]
         share = 100 * sum(line.get(phase, 0.0) for line in steps) / whole

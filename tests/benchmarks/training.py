@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import Any
 
-from report import machine, ranged, ratio, row, say
+from report import head, ranged, ratio, row, say
 
 CONTENDERS = {"specmill": "Specmill", "deepspeed": "bare DeepSpeed", "packed": "TRL packed", "padded": "TRL padded"}
 LIMITS = {"deepspeed": "lower end 0.95", "packed": "1, not behind", "padded": "1.2"}
@@ -174,7 +174,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from cluster.models import resolve_model
     from cluster.training import keep_memory
 
-    say(machine())
+    head()
     model, orders = resolve_model(arguments.model).path, list(permutations(CONTENDERS))
     speeds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     for number in range(arguments.rounds):
