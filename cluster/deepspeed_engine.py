@@ -3,7 +3,7 @@
 Every method is SPMD: all ranks call it in the same order, under Ray Train, torchrun or alone in one process. Promises: a
 step's gradient is the mean over all learnt tokens of all ranks, however they are cut into micro-batches; a packed forward
 gives each row the scores it has alone; a step whose loss is no number changes nothing; what leaves the engine (`export`,
-`named_weights`) is a plain full model, whatever the ZeRO stage, with adapters merged into a copy. On a CPU nothing is compiled.
+`write_weights`) is a plain full model, whatever the ZeRO stage, with adapters merged into a copy. On a CPU nothing is compiled.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from cluster.causal_model import TokenScores, load
 from cluster.errors import Diverged, SpecmillError, UserError
 from cluster.models import copy_tokenizer
 from cluster.training_config import TrainingConfig
+from cluster.weight_transfer import write_weights
 
 TAG = "engine"
 """DeepSpeed's name for the one checkpoint of a directory."""
@@ -204,7 +205,7 @@ class TrainingEngine:
             dist.barrier()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, CPU tensor) of every weight in the training dtype; tied weights once, adapters merged.
+        """(transformers' name, CPU tensor) of every weight in the training dtype; tied weights once, adapters merged.
 
         At ZeRO-3 each weight is gathered from all ranks when its turn comes: every rank must iterate to the end.
         """
@@ -227,6 +228,16 @@ class TrainingEngine:
                     value = (value.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
                 value = value.to("cpu", copy=True).contiguous()
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
+
+    def write_weights(self, path: str | Path, version: int) -> None:
+        """Publishes all weights for engines, by the names and in the shapes of a saved checkpoint. All ranks call it together."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        if self.rank == 0:
+            write_weights(path, revert_weight_conversion(self._engine.module.plain, dict(self.named_weights())), version)
+        else:
+            for _ in self.named_weights():
+                pass
 
     def export(self, directory: str | Path, beside: Sequence[Path] = ()) -> None:
         """Publishes a full Hugging Face checkpoint (safetensors, configuration, tokenizer) under `directory`, by rename.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import getsource, signature
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import UserError
 
@@ -29,6 +30,8 @@ ROWS_APART = {"full_attention", "sliding_attention", "dense", "sparse"}
 """Types of layers, in transformers' names, that keep the rows of a pack apart by their position ids, or look at one token at a time."""
 MASKS = re.compile(r"mask_kwargs = \{[^}]*\}|\w*mask\w*\((?:[^()]|\([^()]*\))*\)")
 """In the source of a decoder's `forward`, what its masks are made of: rows are apart where that has the position ids."""
+ROPE_OF_THE_PACK = {"longrope", "dynamic"}
+"""Kinds of rotary positions whose frequencies depend on the longest row in sight."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -56,7 +59,7 @@ def check_trainable(path: str) -> None:
 
     Such as do more to their logits or to those of attention than to multiply, and such as have layers to which a packed row is not what it
     is alone: a state runs from one row into the next, positions are counted from the beginning of the pack, or chunks are, or masks know
-    no rows.
+    no rows, or rotary frequencies follow the longest row.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,6 +74,10 @@ def check_trainable(path: str) -> None:
         raise UserError(f"model {path}: its configuration has {', '.join(added)}: such models cannot be trained here. Take another.")
     if mixed := sorted({*(getattr(config, "layer_types", None) or ())} - ROWS_APART):
         raise UserError(f"model {path}: to layers of the type {', '.join(mixed)} a packed row is not what it is alone. Take another.")
+    if mixed := sorted(_rope_types(config) & ROPE_OF_THE_PACK):
+        raise UserError(
+            f"model {path}: with rotary positions of the type {', '.join(mixed)} a packed row is not what it is alone. Take another."
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole)
@@ -82,6 +89,12 @@ def check_trainable(path: str) -> None:
     masks = [made for made in MASKS.findall(getsource(forward)) if "position_ids" in made]
     if model._is_stateful or not masks or "position_ids" not in signature(forward).parameters:
         raise UserError(f"model {path}: packed rows of a {type(model).__name__} would see each other. Take another.")
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions of a transformers configuration, which may have one for each type of layers."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return {each["rope_type"] for each in (found, *found.values()) if isinstance(each, dict) and "rope_type" in each}
 
 
 def weight_count(path: str) -> int:

@@ -1,14 +1,14 @@
 """Carries weights from a trainer to vLLM engines through a safetensors file that both see, on CPUs and GPUs alike.
 
-The trainer calls `write_weights`; an engine built with `WeightTransferConfig(backend="file")` loads the file, or all safetensors
-files of a checkpoint directory, in vLLM's own lifecycle (start_weight_update, update_weights({"path": ..., "version": ...}),
+The trainer calls `TrainingEngine.write_weights`; an engine built with `WeightTransferConfig(backend="file")` loads the file, or all
+safetensors files of a checkpoint directory, in vLLM's own lifecycle (start_weight_update, update_weights({"path": ..., "version": ...}),
 finish_weight_update). It refuses a file of another version and weights that do not fill the model, which log-probabilities in bfloat16 are
 too coarse to show. vLLM finds the backend in each of its processes through `register`, our entry point in the group
 `vllm.general_plugins`.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +19,11 @@ if TYPE_CHECKING:  # engines without torch and commands that only look start thr
 BACKEND = "file"
 
 
-def write_weights(path: str | Path, named_weights: Iterable[tuple[str, "Tensor"]], version: int, rank: int = 0) -> None:
-    """Publishes weights as one safetensors file, by rename: a reader sees all of them or the file that was there before.
-
-    All ranks of a trainer call it with `TrainingEngine.named_weights()`, which gathers weight by weight; rank 0 keeps and
-    writes. A path under /dev/shm avoids the disk.
-    """
+def write_weights(path: str | Path, weights: dict[str, "Tensor"], version: int) -> None:
+    """Publishes weights as one safetensors file, by rename: a reader sees all of them or the file that was there before."""
     from safetensors.torch import save_file
 
     target = Path(path)
-    if rank != 0:
-        for _ in named_weights:
-            pass
-        return
-    weights = dict(named_weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -160,14 +160,15 @@ def verify(path: Annotated[str, typer.Argument(help="A root, or a run, dataset, 
 
 @app.command()
 def replay(path: Annotated[str, typer.Argument(help="Directory of an RL checkpoint.")]) -> None:
-    """Trains from an RL checkpoint's recorded rollouts alone, without an engine, and compares the losses; exits with 1 if they differ."""
+    """Trains from an RL checkpoint's recorded rollouts alone, without an engine, and compares the steps; exits with 1 if they differ."""
     from flows.replay import replay as train_again
 
     steps = train_again(path)
     for step in steps:
-        typer.echo(f"step {step.step}: loss {step.recorded:.9f}, replayed {step.found:.9f}{'  DIFFERS' if step.differs else ''}")
-    if any(step.differs for step in steps):
-        raise SpecmillError(f"{path}: its losses cannot be reproduced here; on another kind of processor sums are rounded otherwise.")
+        told = ", ".join(f"{name} {value:.9f}, replayed {step.found[name]:.9f}" for name, value in step.recorded.items())
+        typer.echo(f"step {step.step}: {told}" + (f"  DIFFERS in {', '.join(step.differing)}" if step.differing else ""))
+    if any(step.differing for step in steps):
+        raise SpecmillError(f"{path}: its steps cannot be reproduced here; on another kind of processor sums are rounded otherwise.")
 
 
 @app.command()

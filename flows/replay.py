@@ -1,4 +1,4 @@
-"""`specmill replay`: trains once more from the rollouts that an RL checkpoint learnt from, without engines, and compares the losses."""
+"""`specmill replay`: trains once more from the rollouts that an RL checkpoint learnt from, without engines, and compares the steps."""
 
 import os
 import tempfile
@@ -18,21 +18,23 @@ from tasks.training_log import read_lines
 from tasks.validation import describe
 
 TOLERANCE = 1e-6
-"""Largest difference of a loss, relative to the larger of it and 1, on the kind of machine that trained."""
+"""Largest difference of a measure, relative to the larger of it and 1, on the kind of machine that trained."""
+MEASURES = ("loss", "gradient_norm", "entropy", "reference_kl")
+"""What is compared: a loss of fresh rollouts alone says little of the weights, since all ratios are 1."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One step: its loss when it was trained, and now."""
+    """One step: its measures when it was trained, and now."""
 
     step: int
-    recorded: float
-    found: float
+    recorded: dict[str, float]
+    found: dict[str, float]
 
     @property
-    def differs(self) -> bool:
-        """Whether the losses are not the same."""
-        return abs(self.recorded - self.found) > TOLERANCE * max(1.0, abs(self.recorded))
+    def differing(self) -> list[str]:
+        """The measures that are not the same."""
+        return [name for name, value in self.recorded.items() if not abs(value - self.found[name]) <= TOLERANCE * max(1.0, abs(value))]
 
 
 def replay(path: str) -> list[Replayed]:
@@ -70,4 +72,7 @@ def replay(path: str) -> list[Replayed]:
         with ray_session():
             train_rl(job, place)
         lines = zip(read_lines(Path(found.path) / "metrics.jsonl"), read_lines(Path(place) / "metrics.jsonl"), strict=True)
-        return [Replayed(before["step"], before["loss"], now["loss"]) for before, now in lines]
+        return [
+            Replayed(before["step"], *({name: line[name] for name in MEASURES if name in line} for line in (before, now)))
+            for before, now in lines
+        ]

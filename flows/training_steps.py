@@ -164,6 +164,7 @@ def _trained(
     def make() -> Checkpoint:
         path = ckpt.directory(run.store, id)
         path.mkdir(parents=True, exist_ok=True)
+        ckpt.forget_damaged(run.store, id)
         run.make_room(*run.beside(kind).values(), gib=run.ranks_gib(kind), gpus=config.gpus_per_rank > 0)
         check_room(run, kind, run.beside(kind), run.ranks_gib(kind))
         say(f"  starting {config.ranks} x DeepSpeed ZeRO-{config.training.zero_stage}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.models import Model, cache_dir
-from cluster.training import UNFINISHED
 from tasks.keys import digest
 from tasks.manifest import CHECKPOINT
 from tasks.store import File, Missing, Store
@@ -57,11 +56,23 @@ def forget_state(store: Store, id: str) -> None:
     """Removes what only the training of a finished checkpoint needed, be it finished here or on another machine."""
     place = directory(store, id)
     (place / WEIGHTS).unlink(missing_ok=True)
-    for path in [*(place / name for name in STATE), *place.glob(f"{UNFINISHED}*")]:
-        shutil.rmtree(path, ignore_errors=True)
+    # what a killed process had begun to write has a hidden name
+    for path in [*(place / name for name in STATE), *place.glob(".*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     for name in () if store.local else STATE:
         for remote in [path for path, *_ in store.files(f"checkpoints/{id}/{name}")]:
             store.delete(remote)
+
+
+def forget_damaged(store: Store, id: str) -> None:
+    """Removes what is left of a finished checkpoint that `find` does not find, since files of its model are gone: it is trained anew."""
+    manifest = f"checkpoints/{id}/manifest.json"
+    if store.exists(manifest):
+        shutil.rmtree(directory(store, id) / "model", ignore_errors=True)
+        store.delete(manifest)  # comes last: without it, a model is one whose training goes on
 
 
 def find(store: Store, id: str) -> Checkpoint | None:

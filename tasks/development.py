@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import UserError
 from cluster.fleet import Fleet
 from cluster.training import agreed
-from cluster.weight_transfer import write_weights
 from tasks.evaluate import answered, summarise
 from tasks.policy import Policy
 from tasks.prompts import Prompt
@@ -43,7 +42,7 @@ class Development:
 
     def look(self, engine: "TrainingEngine", version: int) -> dict[str, float]:
         """Shares of the prompts, by measure; those that no prompt counts for are left out. All ranks call it together."""
-        write_weights(self.weights_file, engine.named_weights(), version, engine.rank)
+        engine.write_weights(self.weights_file, version)
         file = Path(self.weights_file).with_name(agreed(f"look-{uuid.uuid4().hex}.json"))
         if engine.rank == 0:
             file.with_suffix(".part").write_text(json.dumps(self._answered(version)))
@@ -84,9 +83,9 @@ class Watch:
 
     def __init__(self, development: Development, run: Path, state: dict[str, Any] | None) -> None:
         self._development, self._run = development, run
-        self._before = 0
-        """The best step when the checkpoint before was taken."""
         self._best = Best(**state) if state else None
+        self._before = self._best.step if self._best else 0
+        """The best step when the checkpoint before was taken."""
 
     @property
     def state(self) -> dict[str, Any]:

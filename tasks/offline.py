@@ -27,7 +27,7 @@ from tasks.losses import TokenLoss
 from tasks.progress import Progress
 from tasks.stage_config import OfflineConfig
 from tasks.trackers import Mirror
-from tasks.training_log import FILES, TrainingLog, followed, last_line
+from tasks.training_log import FILES, TrainingLog, followed, last_line, replace_text
 
 if TYPE_CHECKING:
     from cluster.causal_model import TokenScores
@@ -115,7 +115,7 @@ def train_offline(
         return last_line(target / "metrics.jsonl")
     if not _claims(run, identity):
         run.mkdir(parents=True, exist_ok=True)
-        (run / "run.json").write_text(identity)
+        replace_text(run / "run.json", identity)
     total = config.epochs * steps_per_epoch(table.num_rows, config.rows_per_step)
     job = OfflineJob(
         objective, config, str(Path(rows_path).absolute()), str(Path(model_path).absolute()), str(target), str(run), development

@@ -19,7 +19,6 @@ from cluster.causal_model import TokenScores
 from cluster.deepspeed_engine import TrainingEngine
 from cluster.errors import Diverged, SpecmillError
 from cluster.training import agreed, report, resume, run_workers
-from cluster.weight_transfer import write_weights
 from tasks import tables
 from tasks.advantages import spread_over_tokens
 from tasks.batch import MicroBatch, Row, micro_batches
@@ -94,7 +93,7 @@ def rl_loop(config: dict[str, Any]) -> None:
         kl = _steered(kl, metrics.get("reference_kl"), settings.kl_target)
         if step + 1 == settings.steps:
             measuring = time.monotonic()
-            metrics["forward_kl"] = rollouts.forward_kl()
+            metrics |= rollouts.forward_kl()
             metrics["forward_kl_seconds"] = time.monotonic() - measuring
             if job.source:
                 metrics["last_push_mismatch"] = rollouts.push(step + 1, metrics)
@@ -156,7 +155,7 @@ class Rollouts:
         Adds the time to `sync_seconds`.
         """
         started = time.monotonic()
-        write_weights(self._job.weights_file, self._engine.named_weights(), version, self._engine.rank)
+        self._engine.write_weights(self._job.weights_file, version)
         if self._engine.rank == 0 and self._job.source:
             self._job.source.policy.load_weights(self._job.weights_file, version)
         rows = agreed(self._probe(version) if self._engine.rank == 0 else [])
@@ -165,10 +164,16 @@ class Rollouts:
         seconds["sync_seconds"] = seconds.get("sync_seconds", 0.0) + time.monotonic() - started
         return mismatch
 
-    def forward_kl(self) -> float:
-        """KL of the policy to where RL began, in nats a token, on what it drew then: it foretells what is forgotten (arXiv 2509.04259)."""
-        rows = [_row(row["prompt_ids"], row["token_ids"], rollout=row["logprobs"]) for row in self._await(0)]
-        return _token_mean(self._engine, rows, self._job.config, lambda logp, drawn: drawn - logp)
+    def forward_kl(self) -> dict[str, float]:
+        """KL of the policy to where RL began, in nats a token, on what it drew then: it foretells what is forgotten (arXiv 2509.04259).
+
+        Nothing where those rollouts are gone.
+        """
+        first = self._agreed(0)
+        if first is None:
+            return {}
+        rows = [_row(row["prompt_ids"], row["token_ids"], rollout=row["logprobs"]) for row in first]
+        return {"forward_kl": _token_mean(self._engine, rows, self._job.config, lambda logp, drawn: drawn - logp)}
 
     def _collect(self, step: int, version: int) -> Collected:
         assert self._job.source

@@ -6,6 +6,7 @@ trained costs curves and nothing else.
 
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ class Mirror:
                 call(tracker)
             except Exception as error:
                 del self._trackers[name]
-                say(f"  {name:<10} takes no more metrics ({error}); metrics.jsonl has them all")
+                say(f"  {name:<10} takes no more metrics ({_told(error)}); metrics.jsonl has them all")
 
 
 @contextmanager
@@ -134,7 +135,15 @@ def mirrored(names: Iterable[TrackerName], id: str) -> Iterator[Mirror]:
             try:
                 trackers[name] = TRACKERS[name](id)
             except Exception as error:
-                raise UserError(f"trackers: {name} takes no run ({error}). Mend its settings, or take it out of `trackers`.") from error
+                # without its cause, whose text has the address as it was given
+                raise UserError(
+                    f"trackers: {name} takes no run ({_told(error)}). Mend its settings, or take it out of `trackers`."
+                ) from None
         yield Mirror(trackers)
     finally:
         Mirror(trackers).close()
+
+
+def _told(error: Exception) -> str:
+    """An error's text without the user's name and password, which an address in it may have."""
+    return re.sub(r"://[^/\s]*@", "://***@", str(error))

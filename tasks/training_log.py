@@ -4,6 +4,7 @@ The same numbers go to TensorBoard, in the folder `tensorboard` beside the file.
 """
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class TrainingLog:
         self.lines = [line for line in read_lines(path) if line["step"] < steps]
         """The lines of all steps so far."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=steps)
 
     def append(self, line: dict[str, Any]) -> None:
@@ -41,6 +42,16 @@ class TrainingLog:
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, line["step"])
         self._board.flush()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file by rename: what a crash leaves is the old text or the new one."""
+    work = path.with_name(f".{path.name}.new")
+    with work.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    work.replace(path)
 
 
 def last_line(path: Path) -> dict[str, Any]:

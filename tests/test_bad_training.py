@@ -80,6 +80,13 @@ def test_a_model_with_layers_to_which_a_packed_row_is_another(tmp_path: Path, mo
         prepare(run_with(tmp_path, model))
 
 
+def test_a_model_whose_positions_follow_the_longest_row(tmp_path: Path, model: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    edit(model, "config.json", lambda content: content.update(rope_parameters=rope))
+    with pytest.raises(UserError, match="rotary positions of the type dynamic a packed row is not what it is alone"):
+        prepare(run_with(tmp_path, model))
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("bloom", "Bloom"), ("rwkv", "Rwkv"), ("opt", "OPT"), ("falcon", "Falcon"), ("gpt_oss", "GptOss")]
 )

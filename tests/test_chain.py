@@ -32,7 +32,7 @@ from cluster.fleet import Fleet, Line, Stage
 from cluster.pool import Pool
 from flows.config import RunRequest
 from flows.inspect import describe, problems, read_manifest
-from flows.replay import replay
+from flows.replay import MEASURES, Replayed, replay
 from tasks import rl, thoughts
 from tasks.garbage import garbage
 from tasks.ledger import Ledger
@@ -251,8 +251,10 @@ def test_a_replay_reproduces_the_losses_without_an_engine(chain: dict[str, Any],
     monkeypatch.setattr("flows.replay.train_rl", noted)
     steps = replay(str(path))
     assert jobs[0].config.training.micro_batch_tokens == 2048, "a replay takes the memory that the training took"
-    assert len(steps) == 2 and not any(step.differs for step in steps)
-    assert any(step.recorded for step in steps), "losses that are all 0 say nothing"
+    assert len(steps) == 2 and not any(step.differing for step in steps)
+    assert all(step.recorded.keys() == step.found.keys() == {*MEASURES} for step in steps)
+    assert any(step.recorded["loss"] for step in steps), "losses that are all 0 say nothing"
+    assert {"loss", "gradient_norm", "entropy"} <= {*Replayed(1, steps[1].recorded, steps[0].found).differing}, "another step would be seen"
     with pytest.raises(UserError, match="no rollouts"):
         replay(str(next((chain["root"] / "checkpoints").glob("sft-*"))))
 
@@ -331,6 +333,8 @@ def test_a_lost_shard_and_a_lost_checkpoint_are_made_again_and_nothing_else(chai
     assert judged["reused"] + judged["skipped"] + judged["made"] == judged["wanted"]
     assert counts["sft"]["trained"] == 1 and checkpoint.exists()
     assert counts["rl"]["reused"] == 1, "the same data give the same weights, so what depends on them stands"
+    (checkpoint / "model" / "model.safetensors").unlink()
+    assert again(run_file)["sft"]["trained"] == 1 and (checkpoint / "model" / "model.safetensors").exists()
     assert problems(str(chain["root"]))[0] == []
 
 
@@ -397,11 +401,11 @@ def test_a_restarted_engine_answers_with_the_weights_it_was_given(servers: None,
 
 @pytest.mark.soak
 @pytest.mark.training
-def test_two_rounds_of_sft_rejection_sampling_and_dpo(servers: None, run_file: Path, scripted_model: str) -> None:
+def test_two_rounds_of_sft_rejection_sampling_dpo_and_rl(servers: None, run_file: Path, scripted_model: str) -> None:
     """A round's last checkpoint completes the prompts of the next; each stage begins where the one before it ended."""
     from flows.factory import factory
 
-    stages_wanted = ["sft", "rejection", "dpo"]
+    stages_wanted = ["sft", "rejection", "dpo", "rl"]
     changes = [f"train={stages_wanted}", "rounds=2", "generate.n=4", "select.pairs.margin=0.5", "dpo.rows_per_step=8"]
     changes += [f"{stage}.training.learning_rate=1e-6" for stage in stages_wanted[1:]]
     request = RunRequest(file=str(run_file), root=str(run_file.parent / "rounds"), changes=changes)
@@ -413,8 +417,9 @@ def test_two_rounds_of_sft_rejection_sampling_and_dpo(servers: None, run_file: P
     for before, after in pairwise(checkpoints):
         assert (after["provenance"]["start"], after["provenance"]["from"]) == (before["weights"], before["id"])
     generators = [item["provenance"]["generator"] for item in datasets]
-    assert generators[1] == {"id": checkpoints[2]["id"], "revision": checkpoints[2]["weights"][:16]} != generators[0]
-    assert [item["provenance"]["dataset"].split("@")[1] for item in checkpoints] == [item["id"] for item in datasets for _ in stages_wanted]
+    assert generators[1] == {"id": checkpoints[3]["id"], "revision": checkpoints[3]["weights"][:16]} != generators[0]
+    learnt = [item["provenance"]["dataset"].split("@")[1] for item in checkpoints if item["kind"] != "rl"]
+    assert learnt == [item["id"] for item in datasets for _ in stages_wanted[:3]]
     assert all(item["preferences"] > 4 and item["spare"] > 4 for item in datasets) and datasets[1]["parent"] == datasets[0]["id"]
     labels = [*stages_wanted, *(f"{stage}-2" for stage in stages_wanted)]
     assert all((folder / f"{label}.png").exists() and f"eval-{label}" in manifest["stages"] for label in labels)

@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tasks.checkpoints import directory, find, finish
+from tasks.checkpoints import directory, find, finish, forget_damaged, forget_state
 from tasks.store import Corrupt, Store
 
 ID = "sft-1"
@@ -66,3 +66,26 @@ def test_a_damaged_copy_is_told_and_a_lost_model_is_trained_anew(store: Store) -
         find(store, ID)
     store.delete(f"checkpoints/{ID}/model/model.safetensors")
     assert find(store, ID) is None
+    forget_damaged(store, ID)
+    assert not store.exists(f"checkpoints/{ID}/manifest.json") and not (directory(store, ID) / "model").exists()
+
+
+def test_a_model_without_a_manifest_is_one_whose_training_goes_on(store: Store) -> None:
+    forget_damaged(store, ID)
+    assert (directory(store, ID) / "model" / "model.safetensors").exists()
+
+
+def test_nothing_is_left_of_a_finished_training_but_what_is_kept(store: Store) -> None:
+    folder = directory(store, ID)
+    for name in (
+        "train/state",
+        ".training/model/state",
+        ".checkpoint-1/state",
+        ".exporting-1/model.safetensors",
+        ".weights.safetensors.77",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"of a killed rank")
+    finish(store, ID, "sft", {}, {})
+    forget_state(store, ID)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(FILES)

@@ -4,6 +4,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +13,16 @@ import pytest
 from cluster.chat import Turn, chat_of
 from cluster.engine import Completion, Sampling
 from cluster.models import Model, resolve_model
-from tasks.collect import NO_SPREAD, NOISE, PromptOrder, Source, _row, _weigh, effective_groups, trained
+from tasks.collect import NO_SPREAD, NOISE, Collected, PromptOrder, Source, _row, _weigh, collect, effective_groups, trained
 from tasks.judge import JudgeConfig
 from tasks.policy import load_policy, render
 from tasks.prompts import CELLS, Message, Prompt
 from tasks.rewards import FLOOR
-from tasks.rl import _steered
+from tasks.rl import RlJob, Rollouts, _steered
 from tasks.rl_config import RlConfig
 from tasks.rl_metrics import WINDOW, alarms, describe
 from tasks.rollout import DrawShard, blind_shards, draw, judge_blind
+from tasks.training_log import TrainingLog, read_lines
 
 PROMPTS = [
     Prompt(
@@ -124,7 +127,69 @@ def test_a_rollout_that_was_cut_or_whose_thought_is_not_closed_gets_the_floor_an
     assert [row["token_ids"] for row in rows] == [CHAT.text(text) for text, _ in TEXTS], "what is learnt are the tokens that were drawn"
 
 
+# Groups of a step
+
+
+def collected(monkeypatch: pytest.MonkeyPatch, teaching: set[int], **changes: Any) -> list[dict[str, Any]]:
+    """The rows of a step of three groups, where only groups with some numbers have answers that earn different rewards."""
+    config = RlConfig.model_validate({"prompts_per_step": 3, "rollouts_per_prompt": 2, "advantage": "dr_grpo", "noise": "keep"} | changes)
+
+    def answer(source: Source, step: int, version: int, groups: dict[int, Prompt], found: Collected) -> None:
+        for number, prompt in groups.items():
+            found.rows += [row(number, float(number in teaching and sample), prompt_id=prompt.id) for sample in range(2)]
+
+    monkeypatch.setattr("tasks.collect._answer", answer)
+    fleet: Any = None
+    source = Source("job", "", config, tuple(PROMPTS), {}, fleet, None, Model("", "judge", "0"), JudgeConfig())
+    return collect(source, step=4, version=4, first_group=12).rows
+
+
+@pytest.mark.parametrize(
+    ("teaching", "refills", "numbers"),
+    [
+        ({12, 13, 14}, 5, [12, 13, 14]),  # nothing is missing
+        ({12, 15, 17}, 5, [12, 13, 14, 15, 16, 17]),  # two are missing, and then one
+        ({12, 15, 17}, 1, [12, 13, 14, 15, 16]),  # once is not enough
+        (set(), 2, list(range(12, 21))),
+        (set(), 0, [12, 13, 14]),
+    ],
+)
+def test_groups_that_teach_nothing_are_replaced_and_stay_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, teaching: set[int], refills: int, numbers: list[int]
+) -> None:
+    rows, order = collected(monkeypatch, teaching, refills=refills), PromptOrder(PROMPTS, {}, 0)
+    assert [found["group"] for found in rows] == [number for number in numbers for _ in range(2)]
+    assert all(found["prompt_id"] == order.at(found["group"]).id for found in rows), "further prompts, in their order"
+    assert {found["group"]: found["drop_reason"] for found in rows} == {
+        number: None if number in teaching else NO_SPREAD for number in numbers
+    }
+    assert [found["advantage"] for found in rows] == [
+        value for number in numbers for value in ((-0.5, 0.5) if number in teaching else (0.0, 0.0))
+    ]
+
+
+def test_no_more_is_said_of_the_start_when_its_rollouts_are_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tasks.rl.agreed", lambda value: value)
+    engine: Any = SimpleNamespace(rank=0)
+    job = RlJob(str(tmp_path), "rl-1", "", "", "", RlConfig(), None, 1e-4)
+    assert Rollouts(job, engine, 0).forward_kl() == {}
+
+
 # Metrics
+
+
+def test_what_is_known_of_earlier_steps_outlives_a_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        TrainingLog(path, 1)
+    assert read_lines(path) == [{"step": 0}, {"step": 1}]
+    assert TrainingLog(path, 1).lines == read_lines(path) == [{"step": 0}]
 
 
 def test_a_step_trains_on_the_groups_that_teach_something_or_for_the_kl_on_all() -> None:

@@ -22,7 +22,10 @@ from rl_jobs import RAY_ENVIRONMENT, STEPS, job_of, lines_of, policy_of, recover
 from scripted_model import teach
 from write_sites import ROLLOUT_SITES
 
-from cluster.errors import Diverged
+from cluster.chat import Turn
+from cluster.engine import Engine, Sampling
+from cluster.errors import Diverged, SpecmillError
+from cluster.fleet import Fleet, Stage
 from cluster.models import resolve_model
 from cluster.pool import Pool
 from tasks import rl
@@ -80,6 +83,7 @@ def test_a_run_says_of_every_step_what_it_drew_learnt_and_took(undisturbed: Path
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert all(line["rollout_mismatch"] <= 5e-5 and line["judged_share"] > 0.5 for line in lines)
     assert lines[-1]["last_push_mismatch"] <= 5e-5
+    assert any(line["effective_groups"] for line in lines), "without a group that teaches something nothing is learnt that could be lost"
     measured = {"reference_kl", "entropy", "reward_low", "kl_weight"}
     timed = {f"{phase}_seconds" for phase in ("rollout", "judge", "train", "sync", "checkpoint", "step")}
     assert all(measured | timed <= line.keys() for line in lines)
@@ -105,19 +109,21 @@ def test_a_killed_rank_and_a_killed_rollout_actor_cost_one_step_at_most(
     undisturbed: Path, policy: Pool, tmp_path: Path, process_name: str
 ) -> None:
     killed: list[int] = []
-    killer = threading.Thread(target=kill, args=(process_name, tmp_path, 2, killed))
+    killer = threading.Thread(target=kill, args=(process_name, tmp_path / "killed", 3, killed))
     killer.start()
-    rl.train_rl(job_of(policy, tmp_path, recovery_config()), str(tmp_path))
+    job = job_of(policy, tmp_path / "killed", recovery_config())
+    rl.train_rl(job, job.root)
     killer.join()
     assert killed
-    assert_the_same(undisturbed, tmp_path)
+    assert_the_same(undisturbed, tmp_path / "killed")
+    assert_it_learnt_what_was_drawn(job, tmp_path / "again")
 
 
 @pytest.mark.soak
 @on(TOY)
 def test_the_death_of_one_of_two_ranks_costs_one_step_at_most(undisturbed: Path, policy: Pool, tmp_path: Path) -> None:
     killed: list[int] = []
-    killer = threading.Thread(target=kill, args=("RayTrainWorker", tmp_path, 2, killed))
+    killer = threading.Thread(target=kill, args=("RayTrainWorker", tmp_path, 3, killed))
     killer.start()
     rl.train_rl(job_of(policy, tmp_path, recovery_config(ranks=2)), str(tmp_path))
     killer.join()
@@ -125,10 +131,11 @@ def test_the_death_of_one_of_two_ranks_costs_one_step_at_most(undisturbed: Path,
     assert_the_same(undisturbed, tmp_path)
 
 
-def assert_the_same(undisturbed: Path, root: Path) -> None:
-    """Both took the same steps on the same prompts, and what came before the kill is alike."""
+def assert_the_same(undisturbed: Path, root: Path, kills: int = 1) -> None:
+    """Both took the same steps on the same prompts, a kill cost one step at most, and what came before it is alike."""
     expected, found = lines_of(undisturbed), lines_of(root)
     assert [line["step"] for line in found] == list(range(STEPS))
+    assert sum("rollout_seconds" not in line for line in found) <= kills, "steps that were taken anew from rollouts that lay there"
     order = [[(row["step"], row["group"], row["prompt_id"]) for row in rows_of(each)] for each in (undisturbed, root)]
     assert order[0] == order[1], "the same prompts in the same order, and nothing drawn twice"
     assert [line["loss"] for line in found[:2]] == pytest.approx([line["loss"] for line in expected[:2]], abs=1e-5)
@@ -155,7 +162,7 @@ def test_a_rank_killed_before_and_after_it_writes_rollouts_draws_nothing_twice(
     rl.train_rl(job, job.root)
     (windows / "target").write_text("nobody")
     assert not list((windows / "todo").iterdir())
-    assert_the_same(undisturbed, tmp_path / "killed")
+    assert_the_same(undisturbed, tmp_path / "killed", kills=2)
     assert_it_learnt_what_was_drawn(job, tmp_path / "again")
 
 
@@ -166,7 +173,7 @@ def test_a_killed_job_goes_on_with_the_same_command(undisturbed: Path, model: st
     job = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + 400
-        while not (tmp_path / "metrics.jsonl").exists() or len(lines_of(tmp_path)) < 2:
+        while not (tmp_path / "metrics.jsonl").exists() or len(lines_of(tmp_path)) < 3:
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
     finally:
@@ -177,6 +184,37 @@ def test_a_killed_job_goes_on_with_the_same_command(undisturbed: Path, model: st
     assert done < STEPS
     subprocess.run(command, env=environment, check=True, timeout=600)
     assert_the_same(undisturbed, tmp_path)
+
+
+@on(TOY)
+def test_an_engine_that_did_not_take_the_weights_stops_rl(policy: Pool, tmp_path: Path) -> None:
+    class StaleFleet(Fleet):
+        """A fleet that takes no weights but the first."""
+
+        def load_weights(self, path: str, version: int) -> None:
+            if version == 0:
+                super().load_weights(path, version)
+
+    job, fleet = job_of(policy, tmp_path, recovery_config(max_failures=0)), policy.fleet()
+    training = job.config.training.model_copy(update={"learning_rate": 1e-2, "warmup_ratio": 0.0})
+    assert job.source
+    source = replace(job.source, policy=StaleFleet(fleet.actors, fleet.capacity))
+    job = replace(job, source=source, config=job.config.model_copy(update={"training": training}))
+    with pytest.raises(SpecmillError, match=r"RL weights of version [1-5]: engine and trainer disagree"):
+        rl.train_rl(job, str(tmp_path))
+
+
+@on(TOY)
+def test_an_engine_forgets_what_it_computed_with_other_weights(policy: Pool) -> None:
+    async def cached(engine: Engine, words: int) -> int:
+        """How many tokens of a long prompt an engine still knows."""
+        return (await engine.complete([Turn(role="user", content="word " * words)], Sampling(1.0, 2, seed=0))).cached_tokens
+
+    stage, fleet = Stage(run=cached, size=lambda words: 1), policy.fleet()
+    _, again = (done.result for _ in range(2) for done in fleet.map(stage, [400]))
+    fleet.load_weights(policy.model.path, 0)
+    (after,) = (done.result for done in fleet.map(stage, [400]))
+    assert again > 100 and after == 0
 
 
 @pytest.fixture(scope="module")

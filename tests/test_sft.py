@@ -4,12 +4,15 @@ Run as a program, this file is a driver to be interrupted, or a vLLM engine that
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +23,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cluster.causal_model import TokenScores
 from cluster.errors import Diverged, UserError
 from cluster.training import UNFINISHED, keep_memory, report, run_workers
 from cluster.training_config import WorkersConfig
 from flows.config import RunRequest, load_run
+from tasks.batch import MicroBatch
+from tasks.losses import TokenLoss
 from tasks.offline import train_offline
 from tasks.sft import Sft
 from tasks.stage_config import SftConfig
@@ -122,6 +128,31 @@ def test_a_loss_that_is_no_number_stops_the_run_at_once_and_names_the_rows(finis
     run = output.parent / ".training" / output.name
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and not output.exists()
     assert list(run.glob("checkpoint_*/state.json")), "what came before it is kept"
+
+
+@pytest.mark.slow
+def test_what_was_learnt_before_a_loss_that_is_no_number_is_gone_on_from(finished: Path, rows_file: Path, toy: Path) -> None:
+    class Failing(Sft):
+        """Its loss is no number from the sixth step on."""
+
+        steps = 0
+
+        def batches(self, indices: Sequence[int], rank: int, ranks: int) -> list[MicroBatch]:
+            self.steps += 1
+            return super().batches(indices, rank, ranks)
+
+        def loss(self, scores: TokenScores, batch: MicroBatch) -> TokenLoss:
+            found = super().loss(scores, batch)
+            return replace(found, loss=found.loss * (math.nan if self.steps > 5 else 1.0))
+
+    output = finished.parent / "failing"
+    config = sft_config(2).model_copy(update={"save_every_steps": 2})
+    with pytest.raises(Diverged, match="sft step 5, "):
+        train_offline(Failing, str(rows_file), str(toy), str(output), config)
+    learnt = (output.parent / ".training" / output.name / "metrics.jsonl").read_text().splitlines()[:4]
+    train_offline(Sft, str(rows_file), str(toy), str(output), config)
+    assert (output / "metrics.jsonl").read_text().splitlines()[:4] == learnt, "its first four steps are not taken again"
+    assert losses_in(output) == pytest.approx(losses_in(finished), rel=1e-4)
 
 
 @pytest.mark.slow

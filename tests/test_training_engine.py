@@ -278,6 +278,27 @@ def test_a_run_of_two_ranks_goes_on_with_one_as_if_nothing_had_changed(toy: Path
 # Weight transfer
 
 
+def names_main(model: str, output: str) -> None:
+    """One rank publishes the weights of a model that transformers holds in other shapes and by other names than its checkpoints."""
+    from cluster.deepspeed_engine import TrainingEngine
+
+    TrainingEngine(model, TrainingConfig(), 1).write_weights(f"{output}/weights.safetensors", 1)
+
+
+@pytest.mark.slow
+def test_engines_get_weights_by_the_names_of_a_saved_checkpoint(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    usual = AutoConfig.for_model("mixtral").to_dict()
+    config = AutoConfig.for_model("mixtral", **{name: value for name, value in SMALL.items() if name in usual})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    run_ranks(1, "names", str(tmp_path / "model"), str(tmp_path))
+    saved, published = load_file(tmp_path / "model" / "model.safetensors"), load_file(tmp_path / "weights.safetensors")
+    assert saved.keys() == published.keys() and any("block_sparse_moe.experts.3.w1" in name for name in saved)
+    assert all(torch.equal(value, published[name]) for name, value in saved.items())
+
+
 def transfer_main(model: str, output: str) -> None:
     """Samples from vLLM, trains twice, and compares the log-probabilities of both sides before and after each transfer."""
     from vllm import LLM, SamplingParams
@@ -319,14 +340,14 @@ def transfer_main(model: str, output: str) -> None:
     for version in (1, 2):
         trainer.step(micro_batches(ROWS, BUDGET, 0, 1), sft_loss)
         seen["stale"].append(mismatch())
-        write_weights(f"{output}/weights.safetensors", trainer.named_weights(), version)
+        trainer.write_weights(f"{output}/weights.safetensors", version)
         engine.start_weight_update()
         engine.update_weights({"update_info": {"path": f"{output}/weights.safetensors", "version": version}})
         engine.finish_weight_update(str(version))
         seen["synced"].append(mismatch())
     refusals = []
     for wanted, names in ((3, None), (4, "norm.weight")):
-        kept = [(name, weight) for name, weight in trainer.named_weights() if not names or names in name]
+        kept = {name: weight for name, weight in trainer.named_weights() if not names or names in name}
         write_weights(f"{output}/weights.safetensors", kept, 4)
         engine.start_weight_update()
         try:
@@ -388,5 +409,11 @@ def test_a_row_of_16k_tokens_takes_less_memory_than_its_logits_would(tmp_path: P
 
 
 if __name__ == "__main__":
-    programs = {"gradients": gradients_main, "other_ranks": other_ranks_main, "transfer": transfer_main, "long": long_main}
+    programs = {
+        "names": names_main,
+        "gradients": gradients_main,
+        "other_ranks": other_ranks_main,
+        "transfer": transfer_main,
+        "long": long_main,
+    }
     programs[sys.argv[1]](*sys.argv[2:])

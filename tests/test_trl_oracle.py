@@ -80,7 +80,7 @@ def test_policy_gradient_and_kl_are_trls(tokens: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_advantages_are_trls_but_for_its_epsilon(kind: str) -> None:
+def test_advantages_are_centred_and_scaled_as_trls_but_for_its_epsilon(kind: str) -> None:
     from trl.trainer.utils import nanstd
 
     from tasks.advantages import group_advantages
