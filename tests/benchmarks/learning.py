@@ -48,7 +48,7 @@ RATES = {
 TALK = re.compile(r"\b(polic(y|ies)|guidelines?|clauses?)\b", re.IGNORECASE)
 CHANCE = 1 / 7
 SAMPLES = 4
-"""Answers to each capability row."""
+"""Answers to each prompt, where no evaluation draws them."""
 
 
 def learning(root: str, seeds: int) -> None:
@@ -58,6 +58,7 @@ def learning(root: str, seeds: int) -> None:
     with opened(request) as run:
         complete_and_judge_step.fn(run)
         dataset = select_step.fn(run)
+        verdicts(run, dataset)
         unseen = capability_mix(run.prompts.capability, 10**9, 1.0)[round(run.config.sft.capability_ratio * dataset.manifest["rows"]) :]
         base = base_checkpoint(run)
         before = evaluate_step.fn(run, base)
@@ -70,6 +71,16 @@ def learning(root: str, seeds: int) -> None:
                 trained = replace(sft_step.fn(replace(run, config=config), dataset, base), label=f"{variant}, seed {seed}")
                 row(f"{trained.label}: training, or finding it trained", f"{time.monotonic() - started:.0f} s", "", "1200 s")
                 tell(run, trained.label, evaluate_step.fn(run, trained), before, retention(run, trained, base, unseen))
+
+
+def verdicts(run: Workspace, dataset: Dataset) -> None:
+    """How right the thoughts are that are learnt from."""
+    columns = ["kept", "ideal_verdict", "cited_verdict"]
+    kept = [item for path in dataset.files("audit") for item in run.store.read_table(path, columns).to_pylist() if item["kept"]]
+    row("kept rows", f"{len(kept)}")
+    row("kept rows that end with the ideal verdict", f"{sum(item['cited_verdict'] == item['ideal_verdict'] for item in kept)}")
+    row("kept rows that end with `refuse`", f"{sum(item['cited_verdict'] == 'refuse' for item in kept)}")
+    row("kept rows whose prompts want `comply`", f"{sum(item['ideal_verdict'] == 'comply' for item in kept)}")
 
 
 def tell(run: Workspace, label: str, found: Evaluation, before: Evaluation, kept: dict[str, str]) -> None:
